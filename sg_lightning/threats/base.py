@@ -1,0 +1,89 @@
+"""What a threat model is: data that says which perturbations are allowed."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sg_lightning.domains import Domain
+from sg_lightning.inputs import Input
+from sg_lightning.sampling import SampleGenerator
+
+TOLERANCE = 1e-6  # relative, for float32 budgets
+
+
+def parse_eps(eps: float | str, owner: str = "eps") -> float:
+    """Read a budget: a number or an exact ratio such as ``"8/255"``.
+
+    Raises:
+        ValueError: if it is no number, not finite, or negative.
+    """
+    try:
+        value = float(Fraction(eps)) if isinstance(eps, str) else float(eps)
+    except (ValueError, ZeroDivisionError, TypeError) as error:
+        raise ValueError(f"{owner} must be a number or a ratio like '8/255', got {eps!r}") from error
+    if not 0.0 <= value < float("inf"):
+        raise ValueError(f"{owner} must be finite and >= 0, got {eps!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Threat(ABC):
+    """The perturbations an attacker may make. Subclasses are frozen: data, not code of an attack.
+
+    Args:
+        eps: Budget in the units of the norm and of the input; a ratio such as ``"8/255"`` is kept verbatim.
+        domain: Legal values of the input.
+    """
+
+    eps: float | str
+    domain: Domain = field(default_factory=Domain)
+    norm: ClassVar[str]
+    discrete: ClassVar[bool] = False  # True: steps jump to the best vertex and have no step size
+
+    @property
+    def budget(self) -> float:
+        """``eps`` as a number."""
+        return parse_eps(self.eps)
+
+    @property
+    def key(self) -> str:
+        """Metric-safe name, e.g. ``linf_8_255`` or ``l2_0p5``."""
+        return f"{self.norm}_{re.sub(r'[^A-Za-z0-9_-]', '_', str(self.eps).replace('.', 'p'))}"
+
+    @abstractmethod
+    def project(self, x_adv: Input, x: Input) -> Input:
+        """Return the nearest allowed point to ``x_adv`` (Euclidean): in the budget and in the domain."""
+
+    @abstractmethod
+    def random_start(self, x: Input, generator: SampleGenerator) -> Input:
+        """Return a random allowed point, the start of an attack."""
+
+    @abstractmethod
+    def sample(self, x: Input, generator: SampleGenerator) -> Input:
+        """Return the random-perturbation control: full budget, no knowledge of the model."""
+
+    @abstractmethod
+    def steepest_step(self, x_adv: Input, grad: Input, x: Input, step_size: float) -> Input:
+        """Take one ascent step of length ``step_size`` (in this norm) from ``x_adv``; not yet projected."""
+
+    @abstractmethod
+    def maximise_linear(self, x: Input, grad: Input) -> Input:
+        """Return the allowed point that maximises ``<grad, x_adv>`` (exact in ball and domain)."""
+
+    @abstractmethod
+    def size(self, x_adv: Input, x: Input) -> Tensor:
+        """Return the size of the perturbation in this norm, (B,)."""
+
+    @abstractmethod
+    def contains(self, x_adv: Input, x: Input) -> Tensor:
+        """Tell per sample, bool (B,), whether ``x_adv`` is finite, in budget (1e-6 relative) and in the domain."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain data that identifies this threat (for hashes, tables and reports)."""
+        return {"norm": self.norm, "eps": str(self.eps), "domain": str(self.domain)}
