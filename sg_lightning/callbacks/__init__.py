@@ -1,0 +1,5 @@
+"""Lightning callbacks that work on our modules and on yours."""
+
+from sg_lightning.callbacks.sparse_gradient import SparseGradient
+
+__all__ = ["SparseGradient"]

@@ -1,0 +1,5 @@
+"""LightningModules."""
+
+from sg_lightning.modules.classifier import SpikingClassifier
+
+__all__ = ["SpikingClassifier"]

@@ -1,0 +1,85 @@
+"""Adversarial training as a mixin."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sg_lightning.attacks import Attack, Oracle
+from sg_lightning.domains import Domain
+from sg_lightning.inputs import Input, batch_size
+from sg_lightning.modules.classifier import SpikingClassifier
+from sg_lightning.sampling import SampleGenerator
+
+if TYPE_CHECKING:
+    _Host = SpikingClassifier
+else:
+    _Host = object  # a mixin: it stands before SpikingClassifier, or a subclass of it, in the bases
+
+CraftingMode = Literal["eval", "train"]
+
+
+class AdversarialTraining(_Host):
+    """Train on attacked inputs instead of clean ones.
+
+    The attack takes gradients with respect to the input only: no ``.grad`` is touched, so accumulation, clipping and
+    DDP work as without it. Its random starts differ between batches and processes and follow ``seed_everything``.
+    Together with :class:`~sg_lightning.callbacks.SparseGradient` the penalty is taken at the attacked inputs (SR*).
+
+    Args:
+        *args: For the class behind the mixin.
+        attack: Makes the inputs to train on; its threat model says how far they may be from the clean ones.
+        crafting_mode: State of the network while the attack runs. ``"eval"``: running batch-norm statistics, no
+            dropout. ``"train"``: statistics of the attacked batch, with dropout. The running statistics do not move in
+            either; the loss is always taken in training mode.
+        **kwargs: For the class behind the mixin.
+
+    Raises:
+        ValueError: if the attack may leave the domain of the backbone, or on an unknown ``crafting_mode``.
+
+    Source:
+        Madry et al., "Towards deep learning models resistant to adversarial attacks", arXiv 1706.06083.
+    """
+
+    def __init__(self, *args: Any, attack: Attack, crafting_mode: CraftingMode = "eval", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(attack, Attack):
+            raise TypeError(f"attack must be an Attack such as PGD(Linf('8/255')), got {type(attack).__name__}")
+        if crafting_mode not in get_args(CraftingMode):
+            raise ValueError(f"crafting_mode must be 'eval' or 'train', got {crafting_mode!r}")
+        _check_domain(attack, self.backbone)
+        self.attack = attack
+        self.crafting_mode = crafting_mode
+
+    def loss_inputs(self, x: Input, y: Tensor) -> list[Input]:
+        """Return the attacked version of every point that the class behind the mixin would train on."""
+        return [self.craft(point, y) for point in super().loss_inputs(x, y)]
+
+    @torch.compiler.disable
+    def craft(self, x: Input, y: Tensor) -> Input:
+        """Attack a batch; the network is left as it was."""
+        # Drawn here: the oracle restores the random state, so keys drawn inside would be the same for every batch.
+        noise = SampleGenerator.draw(batch_size(x)).fork("rank", self.global_rank)
+        oracle = Oracle(self.backbone, mode=self.crafting_mode)
+        return self.attack.run(oracle, x, y, generator=noise, early_drop=False).x_adv
+
+
+class AdversarialClassifier(AdversarialTraining, SpikingClassifier):
+    """Train a backbone with cross-entropy on attacked inputs.
+
+    ``train/loss`` and ``train/acc`` are those of the attacked inputs; ``val`` and ``test`` are clean.
+    """
+
+
+def _check_domain(attack: Attack, backbone: nn.Module) -> None:
+    """Raise ``ValueError`` if attacked inputs may be values that the backbone does not expect."""
+    allowed, reached = getattr(backbone, "domain", None), getattr(attack.threat, "domain", None)
+    if not isinstance(allowed, Domain) or not isinstance(reached, Domain):
+        return  # a backbone that does not say, or a joint threat with a domain per modality
+    if reached.low < allowed.low or reached.high > allowed.high:
+        raise ValueError(
+            f"the attack's threat has the domain {reached} but the inputs of {type(backbone).__name__} live in "
+            f"{allowed}; build the threat with domain={allowed!r}"
+        )

@@ -1,0 +1,20 @@
+"""Spiking neurons over (T, B, ...): stateless layers, surrogate gradients, the snnTorch bridge."""
+
+from sg_lightning.neurons import surrogates
+from sg_lightning.neurons.base import SpikingNeuron
+from sg_lightning.neurons.integrator import LeakyIntegrator
+from sg_lightning.neurons.lif import LIF, RecurrentLIF
+from sg_lightning.neurons.snntorch_bridge import from_snntorch
+from sg_lightning.neurons.snntorch_fusion import fuse_snntorch
+from sg_lightning.neurons.surrogates import Surrogate
+
+__all__ = [
+    "LIF",
+    "LeakyIntegrator",
+    "RecurrentLIF",
+    "SpikingNeuron",
+    "Surrogate",
+    "from_snntorch",
+    "fuse_snntorch",
+    "surrogates",
+]

@@ -1,0 +1,115 @@
+"""What was run, in words and as lists: data, attacks, budgets, samples, seeds, versions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sg_lightning.reporting import summary
+from sg_lightning.reporting.style import norm_label
+from sg_lightning.reporting.summary import Results
+
+UNITS = {
+    "linf": "largest change of one input value",
+    "l2": "Euclidean length of the change",
+    "l1": "sum of all changes",
+    "l0": "inputs changed",
+    "flips": "flips",
+}
+
+
+def unit(norm: str) -> str:
+    """Say what the budget of a norm counts."""
+    return UNITS.get(norm, "")
+
+
+def listed(words: Sequence[str]) -> str:
+    """Join words as a sentence does: ``a, b and c``."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def in_words(results: Results, settings: Mapping[str, Any]) -> list[str]:
+    """Say in sentences what was run."""
+    samples = sorted({len(result.ids) for result in results.values()})
+    verb = "was attacked" if len(results) == 1 else "were attacked, each on its own,"
+    where = f" of {settings['data']}" if isinstance(settings.get("data"), str) else ""
+    threats = []
+    for norm in summary.norms(results):
+        eps = next(list(summary.budgets(r, norm).values()) for r in results.values() if norm in r.norms)
+        threats.append(f"{norm_label(norm)} (ε = {', '.join(eps)})")
+    return [
+        (
+            f"{listed(list(results))} {verb} on {' or '.join(str(n) for n in samples)} test samples{where} under "
+            f"{listed(threats)}."
+        ),
+        "A sample counts as robust only if it is right without an attack and no attack within the budget changed that.",
+    ]
+
+
+def facts(results: Results, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the few facts for the head of the page; what differs between the methods is joined."""
+    found: dict[str, str] = {}
+    for key in ("data", "model", "commit"):
+        if isinstance(settings.get(key), str | int | float):
+            found[key] = str(settings[key])
+    found["samples"] = _each(str(len(result.ids)) for result in results.values())
+    found["suite"] = _each(f"{result.suite.name} ({result.suite.hash})" for result in results.values())
+    for key in ("seed", "date"):
+        if values := [str(result.meta[key]) for result in results.values() if key in result.meta]:
+            found[key] = _each(value[:10] if key == "date" else value for value in values)
+    return found
+
+
+def _each(values: Any) -> str:
+    return " / ".join(dict.fromkeys(values))
+
+
+def alerts(results: Results) -> list[str]:
+    """Say what makes the results of different methods hard to compare; empty if nothing does."""
+    found = []
+    pairs = list(results.items())
+    first_name, first = pairs[0]
+    for name, result in pairs[1:]:
+        if result.suite.hash != first.suite.hash:
+            found.append(
+                f"{name} was attacked with suite {result.suite.name} ({result.suite.hash}), {first_name} with "
+                f"{first.suite.name} ({first.suite.hash}): their figures are not comparable."
+            )
+        if not np.array_equal(result.ids, first.ids):
+            found.append(
+                f"{name} was measured on other samples than {first_name}: differences are not paired, their intervals "
+                "are wide."
+            )
+    return found
+
+
+def run_details(results: Results) -> list[tuple[str, dict[str, Any]]]:
+    """Return headed groups of facts: each suite norm by norm, then the evaluations, per method only where they differ."""
+    suites = {result.suite.hash: result.suite for result in results.values()}
+    groups = [(f"Attacks of suite {suite.name} ({suite.hash})", _attacks(suite)) for suite in suites.values()]
+    described = {name: {"samples": len(result.ids), **result.meta} for name, result in results.items()}
+    evaluation: dict[str, Any] = {}
+    for key in dict.fromkeys(key for values in described.values() for key in values):
+        found = {name: values[key] for name, values in described.items() if key in values}
+        alike = len(found) == len(results) and all(value == next(iter(found.values())) for value in found.values())
+        evaluation[key.replace("_", " ")] = next(iter(found.values())) if alike else found
+    return [*groups, ("Evaluation", evaluation)]
+
+
+def _attacks(suite: Any) -> dict[str, str]:
+    """List what tried to break a sample, per norm, with the budgets at which the same list was used."""
+    budgets: dict[tuple[str, str], list[str]] = {}
+    for entry in suite.entries:
+        attacks = "; ".join(_attack(attack.describe()) for attack in entry.attacks)
+        eps = f"{entry.threat.eps} (headline)" if entry.headline else str(entry.threat.eps)
+        budgets.setdefault((norm_label(entry.threat.norm), attacks), []).append(eps)
+    return {f"{norm}, ε = {', '.join(eps)}": attacks for (norm, attacks), eps in budgets.items()}
+
+
+def _attack(description: Mapping[str, Any]) -> str:
+    """Write an attack with its settings, e.g. ``pgd (steps 40, restarts 2)``."""
+    settings = {k: v for k, v in description.items() if k not in ("attack", "name", "threat") and v is not None}
+    name = str(description.get("name", description.get("attack", "")))
+    return f"{name} ({', '.join(f'{k} {v}' for k, v in settings.items())})" if settings else name

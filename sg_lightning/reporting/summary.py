@@ -1,0 +1,205 @@
+"""The numbers of a report, taken from evaluation results; figures, tables and sentences all read them here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from sg_lightning.evaluation import RobustnessResult
+from sg_lightning.inputs import Input
+from sg_lightning.reporting.style import norm_label
+from sg_lightning.threats.base import parse_eps
+
+Results: TypeAlias = Mapping[str, RobustnessResult]
+Z = 1.959964  # two-sided 95 %
+SEVERITY = {"pass": 0, "warn": 1, "fail": 2}
+
+
+class Share(NamedTuple):
+    """A share, or a difference of two, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the tables: what is compared, its heading and its budget."""
+
+    key: str
+    label: str
+    eps: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One adversarial example to look at."""
+
+    norm: str
+    eps: str
+    clean: Input
+    adversarial: Input
+    label: int
+    predicted: int
+    size: float
+
+
+def check_results(results: Results) -> None:
+    """Refuse what cannot be reported.
+
+    Raises:
+        ValueError: no results at all, a result without samples or norms, or a name that is not a non-empty string.
+        TypeError: a value that is not a ``RobustnessResult``.
+    """
+    if not isinstance(results, Mapping) or not results:
+        raise ValueError(
+            "results is empty: give at least one, e.g. {'vanilla': evaluate(model, data)} or "
+            "{'vanilla': RobustnessResult.load(path)}"
+        )
+    for name, result in results.items():
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"results must be keyed by the names of the methods, got {name!r}")
+        if not isinstance(result, RobustnessResult):
+            raise TypeError(f"results[{name!r}] must be a RobustnessResult, as from evaluate(), got {type(result)}")
+
+
+def choose_baseline(results: Results, baseline: str | None) -> str:
+    """Return the method to compare with: the one asked for, else the one called vanilla, else the first."""
+    if baseline is not None and baseline not in results:
+        raise ValueError(f"baseline {baseline!r} is not among the results {list(results)}")
+    return baseline or next((name for name in results if name.lower() == "vanilla"), next(iter(results)))
+
+
+# --- what was attacked ------------------------------------------------------------------------------------------------
+
+
+def norms(results: Results) -> list[str]:
+    """List the norms of all results, in the order of the suites."""
+    return list(dict.fromkeys(norm for result in results.values() for norm in result.norms))
+
+
+def budgets(result: RobustnessResult, norm: str) -> dict[float, str]:
+    """Return the budgets of a norm, as numbers and as they were written, smallest first."""
+    found = {parse_eps(eps): eps for eps in result.budgets(norm)}
+    return dict(sorted(found.items()))
+
+
+def headline(result: RobustnessResult, norm: str) -> str:
+    """Return the headline budget of a norm as it was written."""
+    return result.headline(norm)
+
+
+def columns(results: Results) -> list[Column]:
+    """List what the tables compare: clean, each norm at its headline budget, the weakest norm, the union."""
+    found = [Column("clean", "clean")]
+    for norm in norms(results):
+        eps = dict.fromkeys(headline(result, norm) for result in results.values() if norm in result.norms)
+        found.append(Column(norm, norm_label(norm), " or ".join(eps)))
+    return [*found, Column("min", "weakest norm"), Column("union", "union")]
+
+
+# --- shares and differences -------------------------------------------------------------------------------------------
+
+
+def wilson(right: int, total: int) -> Share:
+    """Return a share with its Wilson 95 % interval (Wilson, JASA 1927)."""
+    p = right / total
+    middle = (p + Z * Z / (2 * total)) / (1 + Z * Z / total)
+    half = Z * math.sqrt(p * (1 - p) / total + Z * Z / (4 * total * total)) / (1 + Z * Z / total)
+    return Share(p, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def right(result: RobustnessResult, key: str) -> np.ndarray | None:
+    """Tell per sample, bool (N,), whether it is right in a column; ``None`` if the norm was not attacked."""
+    if key == "clean":
+        return result.clean_correct
+    if key == "union":
+        return np.logical_and.reduce([result.robust(norm) for norm in result.norms])
+    if key == "min":
+        key = weakest(result)
+    return result.robust(key) if key in result.norms else None
+
+
+def weakest(result: RobustnessResult) -> str:
+    """Return the norm with the lowest accuracy at its headline budget."""
+    return min(result.norms, key=result.accuracy)
+
+
+def cell(result: RobustnessResult, key: str) -> Share | None:
+    """Return the accuracy of a column with its Wilson interval; ``None`` if the norm was not attacked."""
+    found = right(result, key)
+    return None if found is None else wilson(int(found.sum()), len(found))
+
+
+def control(result: RobustnessResult, norm: str) -> Share | None:
+    """Return the accuracy under random perturbations of the headline size; ``None`` if they were not tried."""
+    if norm not in result.norms:
+        return None
+    share = result.random_accuracy(norm)
+    return None if math.isnan(share) else wilson(round(share * len(result.clean_correct)), len(result.clean_correct))
+
+
+def random_curve(result: RobustnessResult, norm: str) -> list[tuple[float, float]]:
+    """Return the accuracy under random perturbations over the budget, from the clean accuracy on."""
+    found = [(eps, result.random_accuracy(norm, text)) for eps, text in budgets(result, norm).items()]
+    return [(0.0, result.clean), *((eps, share) for eps, share in found if not math.isnan(share))]
+
+
+def difference(old: RobustnessResult, new: RobustnessResult, key: str) -> Share | None:
+    """Return how much higher a column is in ``new`` than in ``old``, with its 95 % interval.
+
+    Paired over the samples if both saw the same ones, else as two independent shares. ``None`` where one lacks it.
+
+    Source:
+        Paired: Agresti and Min, "Simple improved confidence intervals for comparing matched proportions", 2005
+        (half a sample added to each of the four cells). Independent: Newcombe, "Interval estimation for the difference
+        between independent proportions", 1998, method 10, from the two Wilson intervals.
+    """
+    before, after = right(old, key), right(new, key)
+    if before is None or after is None:
+        return None
+    if paired(old, new):
+        return paired_difference(before, after)
+    return independent_difference(int(before.sum()), len(before), int(after.sum()), len(after))
+
+
+def paired(old: RobustnessResult, new: RobustnessResult) -> bool:
+    """Tell whether both results are about the same samples."""
+    return np.array_equal(old.ids, new.ids)
+
+
+def independent_difference(right_before: int, before: int, right_after: int, after: int) -> Share:
+    """Return the difference of two independent shares with Newcombe's interval; see :func:`difference`."""
+    a, b = wilson(right_before, before), wilson(right_after, after)
+    value = b.value - a.value
+    low = value - math.hypot(b.value - b.low, a.high - a.value)
+    return Share(value, low, value + math.hypot(b.high - b.value, a.value - a.low))
+
+
+def paired_difference(before: np.ndarray, after: np.ndarray) -> Share:
+    """Return the difference of two matched shares with Agresti and Min's interval; see :func:`difference`."""
+    gained, lost, total = int((after & ~before).sum()), int((before & ~after).sum()), len(before)
+    centre = (gained - lost) / (total + 2)
+    half = Z * math.sqrt(max(0.0, gained + lost + 1 - (gained - lost) ** 2 / (total + 2))) / (total + 2)
+    value = (gained - lost) / total
+    return Share(value, max(-1.0, min(value, centre - half)), min(1.0, max(value, centre + half)))
+
+
+# --- trust ------------------------------------------------------------------------------------------------------------
+
+
+def worst_status(result: RobustnessResult, key: str) -> str:
+    """Return the worst honesty check that concerns a column: ``"pass"``, ``"warn"`` or ``"fail"``."""
+    about = {"min": {weakest(result)}, "union": set(result.norms), "clean": set()}.get(key, {key})
+    found = [c.status for c in result.checks if key != "clean" and (c.norm in about or not c.norm)]
+    return max(found, key=SEVERITY.__getitem__, default="pass")
+
+
+def examples(result: RobustnessResult) -> list[Example]:
+    """List the kept examples."""
+    return [Example(**e) for e in result.examples]
