@@ -1,1 +1,23 @@
-"""Placeholder replaced by the room."""
+"""Threat models: which perturbations an attacker may make. Data, not attack code."""
+
+from sg_lightning.threats.base import SingleThreat, Threat, parse_eps
+from sg_lightning.threats.budget import THREATS, Budget, Budgets, make_threat
+from sg_lightning.threats.joint import Joint
+from sg_lightning.threats.norms import L1, L2, Linf
+from sg_lightning.threats.sparse import L0, EventFlips
+
+__all__ = [
+    "L0",
+    "L1",
+    "L2",
+    "THREATS",
+    "Budget",
+    "Budgets",
+    "EventFlips",
+    "Joint",
+    "Linf",
+    "SingleThreat",
+    "Threat",
+    "make_threat",
+    "parse_eps",
+]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from sg_lightning.domains import Domain
@@ -15,6 +16,7 @@ from sg_lightning.inputs import Input
 from sg_lightning.sampling import SampleGenerator
 
 TOLERANCE = 1e-6  # relative, for float32 budgets
+Self = TypeVar("Self", bound="Threat")
 
 
 def parse_eps(eps: float | str, owner: str = "eps") -> float:
@@ -45,6 +47,9 @@ class Threat(ABC):
     domain: Domain = field(default_factory=Domain)
     norm: ClassVar[str]
     discrete: ClassVar[bool] = False  # True: steps jump to the best vertex and have no step size
+
+    def __post_init__(self) -> None:
+        parse_eps(self.eps, f"eps of {type(self).__name__}")
 
     @property
     def budget(self) -> float:
@@ -84,6 +89,36 @@ class Threat(ABC):
     def contains(self, x_adv: Input, x: Input) -> Tensor:
         """Tell per sample, bool (B,), whether ``x_adv`` is finite, in budget (1e-6 relative) and in the domain."""
 
+    def default_step(self, steps: int) -> float:
+        """Return the usual step: any point of the ball can be reached and left again within ``steps``."""
+        return 2.5 * self.budget / steps
+
+    def with_eps(self: Self, eps: float | str) -> Self:
+        """Return the same threat with another budget."""
+        return replace(self, eps=eps)
+
     def describe(self) -> dict[str, Any]:
         """Return plain data that identifies this threat (for hashes, tables and reports)."""
         return {"norm": self.norm, "eps": str(self.eps), "domain": str(self.domain)}
+
+
+class SingleThreat(Threat):
+    """A threat on one tensor (B, ...): the checks that all norms share."""
+
+    @abstractmethod
+    def _size(self, change: Tensor) -> Tensor:
+        """Measure a float64 change (B, n)."""
+
+    def size(self, x_adv: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Return the size of the perturbation, float64 (B,)."""
+        return self._size((x_adv.double() - x.double()).flatten(1))
+
+    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Check finiteness, budget (1e-6 relative) and domain per sample."""
+        inside = torch.isfinite(x_adv).flatten(1).all(1) & self.domain.contains(x_adv)
+        return inside & (self.size(x_adv, x) <= self.budget * (1 + TOLERANCE))
+
+    def _room(self, x: Tensor, direction: Tensor) -> Tensor:
+        """Return the distance (B, n) from ``x`` to the wall that ``direction`` (B, n) points at."""
+        flat = x.double().flatten(1)
+        return torch.where(direction > 0, self.domain.high - flat, flat - self.domain.low).clamp_min(0.0)

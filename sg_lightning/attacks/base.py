@@ -1,0 +1,186 @@
+"""What an attack is: an optimiser inside a threat model. Hyper-parameters only, no model inside."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from sg_lightning.attacks.oracle import Oracle
+from sg_lightning.inputs import Input, assign, batch_size, detached, device_of, select, tensors
+from sg_lightning.sampling import SampleGenerator, as_sample_generator
+from sg_lightning.threats import Threat
+
+Goal = Literal["success", "loss"]
+Self = TypeVar("Self", bound="Attack")
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack found for each sample of the batch.
+
+    Attributes:
+        x_adv: First adversarial example found, for survivors the point of highest loss.
+        success: Misclassified, bool (B,).
+        invalid: A gradient was not finite, bool (B,); such a sample counts as not robust.
+        loss: Loss at ``x_adv``, float64 (B,).
+        iterations: Gradient steps until the first success, for survivors all of them, int64 (B,).
+        queries: Forward passes spent on the sample, int64 (B,).
+    """
+
+    x_adv: Input
+    success: Tensor
+    invalid: Tensor
+    loss: Tensor
+    iterations: Tensor
+    queries: Tensor
+
+
+class Progress:
+    """The best point so far of every sample of a batch; attacks report what they evaluated."""
+
+    def __init__(self, x: Input, goal: Goal) -> None:
+        size, device = batch_size(x), device_of(x)
+        self.x_adv = detached(x)
+        self.goal = goal
+        self.success = torch.zeros(size, dtype=torch.bool, device=device)
+        self.invalid = torch.zeros_like(self.success)
+        self.loss = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
+        self.iterations = torch.zeros(size, dtype=torch.int64, device=device)
+        self.queries = torch.zeros_like(self.iterations)
+
+    def record(self, index: Tensor, x_adv: Input, loss: Tensor, wrong: Tensor, iteration: int, queries: int) -> None:
+        """Keep the evaluated points of the samples ``index`` that improve on what is held."""
+        open_ = ~self.invalid[index]
+        if self.goal == "success":
+            open_ &= ~self.success[index]
+            first = wrong & open_
+        else:
+            first = torch.zeros_like(wrong)
+        better = open_ & (first | (loss.double() > self.loss[index]))
+        kept = index[better]
+        assign(self.x_adv, kept, select(x_adv, better))
+        self.loss[kept] = loss[better].double()
+        self.success[kept] = wrong[better] if self.goal == "loss" else first[better]
+        self.queries[index[open_]] += queries
+        self.iterations[index[open_]] = iteration
+
+    def result(self) -> AttackResult:
+        """Freeze into a result."""
+        return AttackResult(self.x_adv, self.success, self.invalid, self.loss, self.iterations, self.queries)
+
+
+@dataclass(frozen=True)
+class Attack(ABC):
+    """Base of all attacks. Frozen: the same object attacks any model under any domain.
+
+    Args:
+        threat: The allowed perturbations.
+    """
+
+    threat: Threat
+    kind: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threat, Threat):
+            raise TypeError(f"threat must be a threat model such as Linf('8/255'), got {self.threat!r}")
+
+    @property
+    def name(self) -> str:
+        """Short name for rows and tables, e.g. ``pgd-40x2``."""
+        return self.kind
+
+    def __call__(
+        self, model: Callable[..., Any], x: Input, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> Input:
+        """Return adversarial inputs, like the attack libraries people know.
+
+        Args:
+            model: Any function ``x -> logits (B, K)``.
+            x: Clean inputs (B, ...) in the domain of the threat.
+            y: Labels (B,), int64.
+            generator: Source of random starts; torch's global one if ``None``.
+        """
+        return self.run(Oracle(model), x, y, generator=generator).x_adv
+
+    def run(
+        self,
+        oracle: Oracle,
+        x: Input,
+        y: Tensor,
+        *,
+        generator: SampleGenerator | torch.Generator | None = None,
+        early_drop: bool = True,
+        goal: Goal = "success",
+    ) -> AttackResult:
+        """Attack a batch and report everything about it.
+
+        Args:
+            oracle: The model behind its oracle.
+            x: Clean inputs (B, ...).
+            y: Labels (B,), int64.
+            generator: Per-sample noise; a torch generator or ``None`` draws its keys.
+            early_drop: Spend nothing on samples already broken. Does not change the result.
+            goal: ``"success"`` keeps the first adversarial example of a sample (evaluation). ``"loss"`` keeps the
+                point of highest loss of every sample at fixed batch shapes (training).
+
+        Raises:
+            ValueError: if shapes do not match, labels are no classes of the model, or ``x`` is not finite.
+        """
+        check_batch(x, y)
+        noise = as_sample_generator(generator, batch_size(x))
+        with oracle.attacking():
+            x, y = detached(x), y.detach().clone()
+            progress = Progress(x, goal)
+            self._search(oracle, x, y, noise, progress, early_drop and goal == "success" and not oracle.stochastic)
+            if oracle.stochastic and goal == "success":
+                # A single noisy error is no success: the majority of fresh draws decides.
+                progress.success = oracle.misclassified(progress.x_adv, y) & ~progress.invalid
+                progress.queries += oracle.votes
+        return progress.result()
+
+    @abstractmethod
+    def _search(
+        self, oracle: Oracle, x: Input, y: Tensor, noise: SampleGenerator, progress: Progress, early_drop: bool
+    ) -> None:
+        """Search the threat's set, reporting every evaluated point to ``progress``."""
+
+    def with_threat(self: Self, threat: Threat) -> Self:
+        """Return the same attack under another threat."""
+        return replace(self, threat=threat)
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain data that identifies the attack without its threat (for hashes and tables)."""
+        settings = {k: v for k, v in vars(self).items() if k != "threat"}
+        return {"attack": self.kind, **settings}
+
+
+def check_batch(x: Input, y: Tensor) -> None:
+    """Raise ``ValueError`` with the cure on inputs and labels that do not fit."""
+    size = batch_size(x)
+    if y.dim() != 1 or y.dtype != torch.int64 or y.shape[0] != size or size == 0:
+        raise ValueError(
+            f"expected labels of dtype int64 and shape ({size},) for {size} samples (at least one), got {y.dtype} of "
+            f"shape {tuple(y.shape)}"
+        )
+    for part in tensors(x):
+        if part.dim() < 2 or not part.is_floating_point() or part.shape[0] != size:
+            raise ValueError(
+                f"expected float inputs (B, ...) with B={size}, got {part.dtype} of shape {tuple(part.shape)}"
+            )
+        if not bool(torch.isfinite(part).all()):
+            raise ValueError("the inputs hold NaN or infinite values; clean the data before attacking")
+    if bool((y < 0).any()):
+        raise ValueError(f"labels must be >= 0, got {int(y.min())}")
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Raise ``ValueError`` if a label is no class of the model."""
+    if int(y.max()) >= classes:
+        raise ValueError(
+            f"label {int(y.max())} is no class of the model, whose logits have {classes} classes (0 to {classes - 1})"
+        )

@@ -1,0 +1,243 @@
+"""FGSM, R-FGSM and PGD under any threat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sg_lightning.attacks.base import Attack, Progress, check_labels
+from sg_lightning.attacks.losses import get_loss
+from sg_lightning.attacks.oracle import Oracle
+from sg_lightning.inputs import Input, apply, select
+from sg_lightning.sampling import SampleGenerator
+from sg_lightning.threats import Linf
+from sg_lightning.threats.base import parse_eps
+
+
+def _evaluate(oracle: Oracle, point: Input, x: Input, y: Tensor, loss: str) -> tuple[Tensor, Tensor]:
+    """Return loss and misclassification (B,) by one forward pass."""
+    logits = oracle.logits(point)
+    check_labels(y, logits.shape[1])
+    return get_loss(loss)(logits, y), logits.argmax(1) != y
+
+
+@dataclass(frozen=True)
+class FGSM(Attack):
+    """Maximise the linearised loss in one step: the sign step for L-infinity, its exact counterpart elsewhere.
+
+    Args:
+        threat: The allowed perturbations.
+        loss: ``"ce"`` or ``"margin"``.
+
+    Source:
+        Goodfellow et al., arXiv 1412.6572 (L-infinity). Under the other threats the maximiser of the linear model in
+        ball and domain.
+    """
+
+    loss: str = "ce"
+    kind: ClassVar[str] = "fgsm"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        get_loss(self.loss)
+
+    def _start(self, x: Input, noise: SampleGenerator) -> Input:
+        return x
+
+    def _step(self, start: Input, grad: Input, x: Input) -> Input:
+        return self.threat.maximise_linear(x, grad)
+
+    def _search(
+        self, oracle: Oracle, x: Input, y: Tensor, noise: SampleGenerator, progress: Progress, early_drop: bool
+    ) -> None:
+        everyone = torch.arange(len(y), device=y.device)
+        start = self._start(x, noise)
+        found = oracle.value_and_grad(start, y, get_loss(self.loss))
+        check_labels(y, found.logits.shape[1])
+        progress.record(everyone, start, found.loss, found.logits.argmax(1) != y, 0, oracle.eot)
+        progress.invalid |= found.invalid & ~progress.success
+        x_adv = self._step(start, found.grad, x)
+        loss, wrong = _evaluate(oracle, x_adv, x, y, self.loss)
+        # A single step has one answer: the stepped point, also where the start had the higher loss.
+        progress.loss[~progress.success] = -torch.inf
+        progress.record(everyone, x_adv, loss, wrong, 1, 1)
+
+
+@dataclass(frozen=True)
+class RFGSM(FGSM):
+    """Take a random sign step of size ``alpha``, then an FGSM step of ``eps - alpha``; L-infinity only.
+
+    Args:
+        threat: An ``Linf`` threat.
+        loss: ``"ce"`` or ``"margin"``.
+        alpha: Size of the random step, 0 < alpha < eps in input units; ``None``: eps / 2.
+
+    Source:
+        Tramer et al., "Ensemble adversarial training", arXiv 1705.07204.
+    """
+
+    alpha: float | str | None = None
+    kind: ClassVar[str] = "rfgsm"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.threat, Linf):
+            raise ValueError(f"R-FGSM is defined for L-infinity only, got {self.threat!r}; use PGD under other threats")
+        if self.alpha is not None and not 0 < parse_eps(self.alpha, "alpha") < self.threat.budget:
+            raise ValueError(f"alpha must lie between 0 and eps={self.threat.eps}, got {self.alpha!r}")
+
+    @property
+    def _random_step(self) -> float:
+        return self.threat.budget / 2 if self.alpha is None else parse_eps(self.alpha)
+
+    def _start(self, x: Input, noise: SampleGenerator) -> Input:
+        moved = apply(lambda t: t + self._random_step * noise.normal(t).sign(), x)
+        return self.threat.project(moved, x)
+
+    def _step(self, start: Input, grad: Input, x: Input) -> Input:
+        rest = self.threat.budget - self._random_step
+        return self.threat.project(self.threat.steepest_step(start, grad, x, rest), x)
+
+
+@dataclass(frozen=True)
+class PGD(Attack):
+    """Ascend the loss by steepest steps, each projected exactly on ball and domain.
+
+    Keeps the first success (SNN loss surfaces are not smooth, iterates leave the adversarial region again) and, for
+    survivors, the point of highest loss. Restarts attack only the survivors. Under L0 and event budgets a step jumps
+    to the best vertex for the running average of gradients and has no size.
+
+    Args:
+        threat: The allowed perturbations.
+        steps: Gradient steps per restart, >= 1.
+        step_size: Length of a step in the norm of the threat (L1: Euclidean); ``None``: 2.5 eps / steps.
+        restarts: Independent random starts, >= 1.
+        random_start: Start at a random allowed point. With ``False`` the first restart starts clean.
+        loss: ``"ce"``, or ``"margin"`` for models with huge logits.
+        momentum: Weight of the previous gradients, 0 <= momentum < 1, each gradient divided by its mean absolute
+            value; ``None``: 0, and 0.75 under L0 and event budgets.
+
+    Raises:
+        ValueError: on settings out of range.
+
+    Source:
+        Madry et al., arXiv 1706.06083; momentum: Dong et al., arXiv 1710.06081.
+    """
+
+    steps: int = 10
+    step_size: float | str | None = None
+    restarts: int = 1
+    random_start: bool = True
+    loss: str = "ce"
+    momentum: float | None = None
+    kind: ClassVar[str] = "pgd"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        get_loss(self.loss)
+        for name in ("steps", "restarts"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        if self.step_size is not None and parse_eps(self.step_size, "step_size") == 0:
+            raise ValueError("step_size must be above 0; leave it out for the default 2.5 eps / steps")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+
+    @property
+    def name(self) -> str:
+        """``pgd-<steps>``, with ``x<restarts>`` if there are several."""
+        return f"pgd-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")
+
+    def _search(
+        self, oracle: Oracle, x: Input, y: Tensor, noise: SampleGenerator, progress: Progress, early_drop: bool
+    ) -> None:
+        everyone = torch.arange(len(y), device=y.device)
+        if self.random_start and progress.goal == "success":
+            # Already misclassified samples need no search.
+            loss, wrong = _evaluate(oracle, x, x, y, self.loss)
+            progress.record(everyone, x, loss, wrong, 0, 1)
+        for restart in range(self.restarts):
+            index = everyone[~(progress.success | progress.invalid)] if early_drop else everyone
+            if len(index) == 0:
+                return
+            self._ascend(oracle, x, y, index, noise.fork("restart", restart), progress, early_drop, restart)
+
+    def _ascend(
+        self,
+        oracle: Oracle,
+        x_all: Input,
+        y_all: Tensor,
+        index: Tensor,
+        noise: SampleGenerator,
+        progress: Progress,
+        early_drop: bool,
+        restart: int,
+    ) -> None:
+        x, y = select(x_all, index), y_all[index]
+        clean_start = restart == 0 and not self.random_start
+        point = x if clean_start else self.threat.random_start(x, noise.select(index))
+        size = self.threat.default_step(self.steps) if self.step_size is None else parse_eps(self.step_size)
+        decay = (0.75 if self.threat.discrete else 0.0) if self.momentum is None else self.momentum
+        trend = apply(torch.zeros_like, x)
+        for step in range(self.steps):
+            found = oracle.value_and_grad(point, y, get_loss(self.loss))
+            check_labels(y, found.logits.shape[1])
+            done = restart * self.steps + step
+            progress.record(index, point, found.loss, found.logits.argmax(1) != y, done, oracle.eot)
+            progress.invalid[index] |= found.invalid & ~progress.success[index]
+            gradient = apply(lambda g: torch.nan_to_num(g, 0.0, 0.0, 0.0), found.grad)
+            if early_drop:
+                alive = ~(progress.success | progress.invalid)[index]
+                if not bool(alive.all()):
+                    index, x, y, point = index[alive], select(x, alive), y[alive], select(point, alive)
+                    gradient, trend = select(gradient, alive), select(trend, alive)
+                if len(index) == 0:
+                    return
+            if decay:
+                trend = apply(lambda m, g: decay * m + _normalised(g), trend, gradient)
+                gradient = trend
+            point = self.threat.project(self.threat.steepest_step(point, gradient, x, size), x)
+        loss, wrong = _evaluate(oracle, point, x, y, self.loss)
+        progress.record(index, point, loss, wrong, (restart + 1) * self.steps, 1)
+
+
+def _normalised(grad: Tensor) -> Tensor:
+    """Divide by the mean absolute value per sample, safely for gradients of any scale."""
+    top = grad.abs().flatten(1).amax(1).view(-1, *[1] * (grad.dim() - 1))
+    scaled = grad / top.clamp_min(torch.finfo(grad.dtype).tiny)
+    mean = scaled.abs().flatten(1).mean(1).view_as(top)
+    return scaled / mean.clamp_min(torch.finfo(grad.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class RandomNoise(Attack):
+    """The control: one random perturbation of full size, without looking at the model.
+
+    Args:
+        threat: The allowed perturbations.
+        draws: Perturbations tried per sample, >= 1; a sample is broken if one of them is misclassified.
+    """
+
+    draws: int = 1
+    kind: ClassVar[str] = "random"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.draws, int) or self.draws < 1:
+            raise ValueError(f"draws must be a whole number >= 1, got {self.draws!r}")
+
+    def _search(
+        self, oracle: Oracle, x: Input, y: Tensor, noise: SampleGenerator, progress: Progress, early_drop: bool
+    ) -> None:
+        everyone = torch.arange(len(y), device=y.device)
+        for draw in range(self.draws):
+            point = self.threat.sample(x, noise.fork("draw", draw))
+            loss, wrong = _evaluate(oracle, point, x, y, "margin")
+            progress.record(everyone, point, loss, wrong, draw + 1, 1)
+
+
+ATTACKS: dict[str, type[Attack]] = {attack.kind: attack for attack in (FGSM, RFGSM, PGD, RandomNoise)}

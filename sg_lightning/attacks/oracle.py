@@ -1,0 +1,262 @@
+"""The only place where an attack touches the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sg_lightning.attacks.estimators import BPTT
+from sg_lightning.attacks.losses import Loss
+from sg_lightning.inputs import Input, apply, batch_size, device_of, rebuild, select, tensors
+
+Mode = Literal["eval", "train"]
+OnNonfinite = Literal["mark", "raise"]
+
+
+@dataclass
+class Counts:
+    """Samples sent through the model so far."""
+
+    forwards: int = 0
+    backwards: int = 0
+
+
+@dataclass
+class Health:
+    """State of the gradients seen so far, in samples."""
+
+    total: int = 0
+    zero: int = 0
+    nonfinite: int = 0
+
+    @property
+    def share_zero(self) -> float:
+        """Share of gradients that were exactly zero."""
+        return self.zero / self.total if self.total else 0.0
+
+    @property
+    def share_nonfinite(self) -> float:
+        """Share of gradients with NaN or infinite entries."""
+        return self.nonfinite / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """One evaluation: loss (B,), logits (B, K), input gradient, and which samples had a non-finite one (B,)."""
+
+    loss: Tensor
+    logits: Tensor
+    grad: Input
+    invalid: Tensor
+
+
+@dataclass
+class Oracle:
+    """Answers an attack's questions about a model and leaves the model exactly as it was.
+
+    Inside :meth:`attacking` (entered by every call, re-entrant) each sub-module is in evaluation state, gradients are
+    on even under ``inference_mode``; afterwards every training flag, buffer and random state is as before, also
+    after an exception. Gradients are taken with respect to the input only: no ``.grad`` is ever written.
+
+    Args:
+        model: Any function ``x -> logits (B, K)``, usually a module.
+        estimator: What replaces the surrogate gradients of spiking neurons; ``None``: nothing.
+        eot: Gradients averaged per step (expectation over transformation), for stochastic models.
+        votes: Fresh forward passes whose majority decides about success, for stochastic models.
+        autocast: Dtype of the model call, e.g. ``torch.bfloat16``; inputs, losses and projections stay as they are.
+        batch_size: Largest number of samples per model call; ``None``: all at once.
+        on_nonfinite: ``"mark"`` the sample as invalid, or ``"raise"``.
+        mode: ``"eval"``, or ``"train"`` to keep the flags as they are (batch statistics); buffers are restored anyway.
+
+    Raises:
+        ValueError: on settings out of range.
+
+    Source:
+        EOT: Athalye et al., arXiv 1707.07397.
+    """
+
+    model: Callable[..., Any]
+    estimator: BPTT | None = None
+    eot: int = 1
+    votes: int = 1
+    autocast: torch.dtype | None = None
+    batch_size: int | None = None
+    on_nonfinite: OnNonfinite = "mark"
+    mode: Mode = "eval"
+    counts: Counts = field(default_factory=Counts)
+    health: Health = field(default_factory=Health)
+
+    def __post_init__(self) -> None:
+        for name in ("eot", "votes", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        for name, kind in (("on_nonfinite", OnNonfinite), ("mode", Mode)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if not callable(self.model):
+            raise TypeError(f"model must be callable, x -> logits, got {type(self.model).__name__}")
+        if self.estimator is not None:
+            with self.estimator.applied(self.model):  # refuses a model that it cannot apply to, now and not later
+                pass
+        self._depth = 0
+        self._plausible = False
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Every sub-module of the model; empty for a plain function."""
+        return list(self.model.modules()) if isinstance(self.model, nn.Module) else []
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a sub-module declares itself random (attribute ``stochastic``)."""
+        return any(getattr(module, "stochastic", False) is True for module in self.modules)
+
+    @contextmanager
+    def attacking(self) -> Iterator[None]:
+        """Enter evaluation state; leave everything as it was."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            if self._depth == 0:
+                stack.enter_context(self._preserved())
+                if self.estimator is not None:
+                    stack.enter_context(self.estimator.applied(self.model))
+                if self.mode == "eval":
+                    for module in self.modules:
+                        module.training = False
+            self._depth += 1
+            stack.callback(self._leave)
+            yield
+
+    def _leave(self) -> None:
+        self._depth -= 1
+
+    @contextmanager
+    def _preserved(self) -> Iterator[None]:
+        modules = self.modules
+        flags = [module.training for module in modules]
+        buffers = [(dict(m._buffers), {k: b.clone() for k, b in m._buffers.items() if b is not None}) for m in modules]
+        cuda = sorted({p.device.index or 0 for m in modules for p in m.parameters(recurse=False) if p.is_cuda})
+        with torch.random.fork_rng(devices=cuda):
+            try:
+                yield
+            finally:
+                for module, flag, (held, values) in zip(modules, flags, buffers, strict=True):
+                    module.training = flag
+                    module._buffers.clear()
+                    module._buffers.update(held)
+                    with torch.no_grad():
+                        for name, value in values.items():
+                            buffer = held[name]
+                            if buffer is not None and not torch.equal(buffer, value):
+                                buffer.detach().copy_(value)
+
+    def logits(self, x: Input) -> Tensor:
+        """Return logits (B, K) of one forward pass per sample, without graph."""
+        with self.attacking(), torch.no_grad():
+            return torch.cat([self._forward(part) for part in self._chunks(x)])
+
+    def misclassified(self, x: Input, y: Tensor) -> Tensor:
+        """Tell per sample (B,) whether most of ``votes`` fresh forward passes are wrong."""
+        wrong = sum((self.logits(x).argmax(1) != y).int() for _ in range(self.votes))
+        return wrong * 2 > self.votes  # type: ignore[operator, return-value]
+
+    def correct(self, x: Input, y: Tensor) -> Tensor:
+        """Tell per sample (B,) whether it is classified as ``y``."""
+        return ~self.misclassified(x, y)
+
+    def value_and_grad(self, x: Input, y: Tensor, loss: Loss) -> Gradient:
+        """Evaluate loss, logits and input gradient; averaged over ``eot`` forward passes."""
+        with self.attacking():
+            parts = []
+            start = 0
+            for chunk in self._chunks(x):
+                parts.append(self._gradient(chunk, y[start : start + batch_size(chunk)], loss))
+                start += batch_size(chunk)
+        if len(parts) == 1:
+            return parts[0]
+        grads = [torch.cat(g) for g in zip(*(tensors(part.grad) for part in parts), strict=True)]
+        return Gradient(
+            torch.cat([p.loss for p in parts]),
+            torch.cat([p.logits for p in parts]),
+            rebuild(x, grads),
+            torch.cat([p.invalid for p in parts]),
+        )
+
+    def _gradient(self, x: Input, y: Tensor, loss: Loss) -> Gradient:
+        x = apply(lambda t: t.detach().clone().requires_grad_(), x)
+        losses, logits, grads = None, None, None
+        for _ in range(self.eot):
+            z = self._forward(x)
+            value = loss(z, y)
+            if not value.requires_grad:
+                raise ValueError(
+                    "the model's output does not depend on its input through differentiable operations: it detaches, "
+                    "rounds or runs under no_grad; white-box attacks need a gradient"
+                )
+            g = torch.autograd.grad(value.sum() / self.eot, tensors(x), allow_unused=True)
+            filled = [torch.zeros_like(t) if part is None else part for t, part in zip(tensors(x), g, strict=True)]
+            losses = value.detach() / self.eot if losses is None else losses + value.detach() / self.eot
+            logits = z.detach() / self.eot if logits is None else logits + z.detach() / self.eot
+            grads = filled if grads is None else [a + b for a, b in zip(grads, filled, strict=True)]
+        assert losses is not None and logits is not None and grads is not None
+        self.counts.backwards += self.eot * batch_size(x)
+        finite = torch.stack([torch.isfinite(g).flatten(1).all(1) for g in grads]).all(0)
+        zero = torch.stack([(g == 0).flatten(1).all(1) for g in grads]).all(0)
+        self.health.total += batch_size(x)
+        self.health.nonfinite += int((~finite).sum())
+        self.health.zero += int(zero.sum())
+        if self.on_nonfinite == "raise" and not bool(finite.all()):
+            raise FloatingPointError(
+                f"the input gradient of {int((~finite).sum())} of {batch_size(x)} samples is NaN or infinite; look for "
+                "exploding activations or a surrogate gradient that overflows"
+            )
+        return Gradient(losses, logits, rebuild(x, grads), ~finite)
+
+    def _chunks(self, x: Input) -> list[Input]:
+        size = batch_size(x)
+        if self.batch_size is None or size <= self.batch_size:
+            return [x]
+        index = torch.arange(size, device=device_of(x)).split(self.batch_size)
+        return [select(x, part) for part in index]
+
+    def _forward(self, x: Input) -> Tensor:
+        self.counts.forwards += batch_size(x)
+        if self.autocast is None:
+            z = self.model(x)
+        else:
+            with torch.autocast(device_of(x).type, dtype=self.autocast):
+                z = self.model(x)
+            z = z.float() if isinstance(z, Tensor) else z
+        if not self._plausible:
+            check_logits(z, batch_size(x))
+            self._plausible = True
+        return z
+
+
+def check_logits(z: Any, samples: int) -> None:
+    """Raise with the cure unless ``z`` looks like logits (B, K)."""
+    if not isinstance(z, Tensor):
+        raise TypeError(
+            f"the model returned a {type(z).__name__}, but attacks need one tensor of logits (B, K): wrap it in a module "
+            "whose forward returns logits only (from_snntorch(...) does that for snnTorch networks)"
+        )
+    if z.dim() != 2 or z.shape[0] != samples or not z.is_floating_point():
+        raise ValueError(
+            f"the model returned {z.dtype} of shape {tuple(z.shape)} for {samples} samples; expected float logits "
+            f"({samples}, K) with K >= 2 classes"
+        )
+    if z.shape[1] < 2:
+        raise ValueError("the model returned one output per sample; attacks need logits of at least 2 classes")
+    values = z.detach().float()
+    if bool(((values >= 0) & (values <= 1)).all()) and bool(((values.sum(1) - 1).abs() < 1e-4).all()):
+        raise ValueError(
+            "the model returned probabilities (rows in [0, 1] that sum to 1), but attacks need logits: a softmax hides "
+            "gradients and overstates robustness. Remove the final softmax"
+        )

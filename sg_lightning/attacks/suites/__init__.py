@@ -1,0 +1,170 @@
+"""Named lists of attacks: plain YAML that users copy and edit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sg_lightning.attacks.base import Attack
+from sg_lightning.attacks.gradient import ATTACKS
+from sg_lightning.domains import Domain
+from sg_lightning.threats import Budgets, Threat
+from sg_lightning.threats.budget import THREATS
+
+_KEYS = {"eps", "control", "attacks", "norms"}
+_ORDER = list(THREATS)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One threat and the attacks to run under it, cheap to dear; ``headline``: its figure enters the union."""
+
+    threat: Threat
+    attacks: tuple[Attack, ...]
+    headline: bool
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A resolved suite. Entries of a norm stand together with ascending budgets.
+
+    Attributes:
+        name: Name or file stem.
+        entries: Threats with their attacks.
+        control: Whether random perturbations are measured beside.
+        hash: First 12 hex digits of the SHA-256 of its content: same hash, same measurement.
+    """
+
+    name: str
+    entries: tuple[Entry, ...]
+    control: bool
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms in order, each once."""
+        return tuple(dict.fromkeys(entry.threat.norm for entry in self.entries))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the whole content as plain data."""
+        return {
+            "control": self.control,
+            "entries": [
+                {"threat": e.threat.describe(), "attacks": [a.describe() for a in e.attacks], "headline": e.headline}
+                for e in self.entries
+            ],
+        }
+
+    @property
+    def hash(self) -> str:
+        """First 12 hex digits of the SHA-256 of :meth:`describe`."""
+        content = json.dumps(self.describe(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def suite_names() -> list[str]:
+    """List the suites that ship with the package."""
+    return sorted(p.name[: -len(".yaml")] for p in files(__name__).iterdir() if p.name.endswith(".yaml"))
+
+
+def load_suite(suite: str | Path | Suite, budgets: Budgets, domain: Domain | None = None) -> Suite:
+    """Resolve a suite for the budgets of a data set.
+
+    Args:
+        suite: Name of a shipped suite, path of a YAML file, or a resolved suite (returned as it is).
+        budgets: Budgets by norm; norms without one are left out unless the suite names them.
+        domain: Legal values of the inputs; ``None``: that of each threat ([0, 1]; binary for event flips).
+
+    Raises:
+        ValueError: on an unknown suite, key, attack or norm, or a norm without budget.
+    """
+    if isinstance(suite, Suite):
+        return suite
+    name, content = _read(suite)
+    unknown = set(content) - _KEYS
+    if unknown:
+        raise ValueError(f"suite {name!r} has unknown keys {sorted(unknown)}; known keys: {', '.join(sorted(_KEYS))}")
+    if not budgets:
+        raise ValueError(
+            "no budgets: pass budgets={'linf': Budget(eps=('4/255', '8/255'), headline='8/255'), ...} or a data module "
+            "that declares its own; what is a small perturbation depends on the data"
+        )
+    for norm in budgets:
+        if norm not in THREATS:
+            raise ValueError(f"budgets name the unknown norm {norm!r}; known norms: {', '.join(THREATS)}")
+    wanted = content.get("norms", "all")
+    norms = [norm for norm in _ORDER if norm in budgets] if wanted == "all" else list(wanted)
+    for norm in norms:
+        if norm not in budgets:
+            raise ValueError(
+                f"suite {name!r} attacks under {norm!r} but budgets are given only for {', '.join(budgets)}"
+            )
+    if content.get("eps", "all") not in ("all", "headline"):
+        raise ValueError(
+            f"suite {name!r}: eps must be 'all' or 'headline' (the values are the data set's), got {content['eps']!r}"
+        )
+    entries = []
+    for norm in norms:
+        budget = budgets[norm]
+        for threat in budget.threats(norm, domain):
+            headline = budget.is_headline(threat.eps)
+            if headline or content.get("eps", "all") == "all":
+                attacks = tuple(_build(name, item, threat) for item in _items(name, content, norm))
+                entries.append(Entry(threat, attacks, headline))
+    return Suite(name, tuple(entries), bool(content.get("control", True)))
+
+
+def _read(suite: str | Path) -> tuple[str, dict[str, Any]]:
+    path = Path(suite)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"no suite file {str(path)!r}; shipped suites: {', '.join(suite_names())}")
+        text, name = path.read_text(encoding="utf-8"), path.stem
+    elif str(suite) in suite_names():
+        text, name = files(__name__).joinpath(f"{suite}.yaml").read_text(encoding="utf-8"), str(suite)
+    else:
+        raise ValueError(
+            f"unknown suite {str(suite)!r}; choose one of {', '.join(suite_names())} or the path of a .yaml file"
+        )
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"suite {name!r} is not valid YAML: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("attacks"), list) or not content["attacks"]:
+        raise ValueError(f"suite {name!r} needs a list `attacks:`, e.g. '- {{attack: pgd, steps: 10}}'")
+    return name, content
+
+
+def _items(name: str, content: dict[str, Any], norm: str) -> list[dict[str, Any]]:
+    items = []
+    for item in content["attacks"]:
+        if not isinstance(item, dict) or "attack" not in item:
+            raise ValueError(
+                f"suite {name!r}: each attack needs the key 'attack', e.g. {{attack: pgd, steps: 10}}, got {item!r}"
+            )
+        only = item.get("only", _ORDER)
+        strange = set(only) - set(_ORDER)
+        if strange:
+            raise ValueError(
+                f"suite {name!r}: 'only' names unknown norms {sorted(strange)}; known: {', '.join(_ORDER)}"
+            )
+        if norm in only:
+            items.append({key: value for key, value in item.items() if key != "only"})
+    return items
+
+
+def _build(name: str, item: dict[str, Any], threat: Threat) -> Attack:
+    settings = dict(item)
+    kind = settings.pop("attack")
+    if kind not in ATTACKS:
+        raise ValueError(f"suite {name!r} names the unknown attack {kind!r}; known attacks: {', '.join(ATTACKS)}")
+    known = {f.name for f in fields(ATTACKS[kind])} - {"threat"}
+    strange = set(settings) - known
+    if strange:
+        raise ValueError(f"suite {name!r}: {kind} has no setting {sorted(strange)}; known: {', '.join(sorted(known))}")
+    return ATTACKS[kind](threat, **settings)
