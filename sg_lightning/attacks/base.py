@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self  # typing has it from Python 3.11
 
 from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.inputs import Input, assign, batch_size, detached, device_of, select, tensors
@@ -16,7 +17,6 @@ from sg_lightning.sampling import SampleGenerator, as_sample_generator
 from sg_lightning.threats import Threat
 
 Goal = Literal["success", "loss"]
-Self = TypeVar("Self", bound="Attack")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Attack(ABC):
     ) -> None:
         """Search the threat's set, reporting every evaluated point to ``progress``."""
 
-    def with_threat(self: Self, threat: Threat) -> Self:
+    def with_threat(self, threat: Threat) -> Self:
         """Return the same attack under another threat."""
         return replace(self, threat=threat)
 

@@ -85,7 +85,7 @@ class RFGSM(FGSM):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.threat, Linf):
-            raise ValueError(f"R-FGSM is defined for L-infinity only, got {self.threat!r}; use PGD under other threats")
+            raise TypeError(f"R-FGSM is defined for L-infinity only, got {self.threat!r}; use PGD under other threats")
         if self.alpha is not None and not 0 < parse_eps(self.alpha, "alpha") < self.threat.budget:
             raise ValueError(f"alpha must lie between 0 and eps={self.threat.eps}, got {self.alpha!r}")
 

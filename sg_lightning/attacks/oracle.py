@@ -205,7 +205,9 @@ class Oracle:
             losses = value.detach() / self.eot if losses is None else losses + value.detach() / self.eot
             logits = z.detach() / self.eot if logits is None else logits + z.detach() / self.eot
             grads = filled if grads is None else [a + b for a, b in zip(grads, filled, strict=True)]
-        assert losses is not None and logits is not None and grads is not None
+        assert losses is not None
+        assert logits is not None
+        assert grads is not None
         self.counts.backwards += self.eot * batch_size(x)
         finite = torch.stack([torch.isfinite(g).flatten(1).all(1) for g in grads]).all(0)
         zero = torch.stack([(g == 0).flatten(1).all(1) for g in grads]).all(0)

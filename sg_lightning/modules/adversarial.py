@@ -63,7 +63,7 @@ class AdversarialTraining(_Host):
         # Drawn here: the oracle restores the random state, so keys drawn inside would be the same for every batch.
         noise = SampleGenerator.draw(batch_size(x)).fork("rank", self.global_rank)
         oracle = Oracle(self.backbone, mode=self.crafting_mode)
-        return self.attack.run(oracle, x, y, generator=noise, early_drop=False).x_adv
+        return self.attack.run(oracle, x, y, generator=noise, goal="loss").x_adv
 
 
 class AdversarialClassifier(AdversarialTraining, SpikingClassifier):

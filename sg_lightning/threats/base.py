@@ -6,17 +6,17 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self  # typing has it from Python 3.11
 
 from sg_lightning.domains import Domain
 from sg_lightning.inputs import Input
 from sg_lightning.sampling import SampleGenerator
 
 TOLERANCE = 1e-6  # relative, for float32 budgets
-Self = TypeVar("Self", bound="Threat")
 
 
 def parse_eps(eps: float | str, owner: str = "eps") -> float:
@@ -93,7 +93,7 @@ class Threat(ABC):
         """Return the usual step: any point of the ball can be reached and left again within ``steps``."""
         return 2.5 * self.budget / steps
 
-    def with_eps(self: Self, eps: float | str) -> Self:
+    def with_eps(self, eps: float | str) -> Self:
         """Return the same threat with another budget."""
         return replace(self, eps=eps)
 

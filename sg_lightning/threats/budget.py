@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 from sg_lightning.domains import Domain
@@ -48,7 +49,7 @@ class Budget:
             raise ValueError(f"eps must be a sequence of budgets such as ('4/255', '8/255'), got {self.eps!r}")  # noqa: TRY004
         object.__setattr__(self, "eps", tuple(self.eps))
         values = [parse_eps(eps) for eps in self.eps]
-        if not values or values[0] <= 0 or any(a >= b for a, b in zip(values, values[1:], strict=False)):
+        if not values or values[0] <= 0 or any(a >= b for a, b in pairwise(values)):
             raise ValueError(f"eps must be positive and strictly ascending, got {self.eps}")
         if parse_eps(self.headline, "headline") not in values:
             raise ValueError(f"the headline {self.headline!r} is not one of the budgets {self.eps}")

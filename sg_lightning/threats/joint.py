@@ -36,7 +36,7 @@ class Joint(Threat):
             raise ValueError("Joint needs at least one modality, e.g. Joint({'image': Linf('8/255')})")
         for name, threat in threats.items():
             if not isinstance(threat, Threat) or isinstance(threat, Joint):
-                raise ValueError(f"Joint needs a threat for {name!r}, got {threat!r}")
+                raise TypeError(f"Joint needs a threat for {name!r}, got {threat!r}")
         object.__setattr__(self, "threats", tuple(threats.items()))
         object.__setattr__(self, "discrete", any(threat.discrete for threat in threats.values()))
 
@@ -47,7 +47,7 @@ class Joint(Threat):
 
     def _modalities(self, x: Input) -> dict[str, Tensor]:
         if not isinstance(x, dict):
-            raise ValueError("a Joint threat needs a dict of modalities; give a single tensor its threat directly")
+            raise TypeError("a Joint threat needs a dict of modalities; give a single tensor its threat directly")
         missing = [name for name, _ in self.threats if name not in x]
         if missing:
             raise ValueError(f"the input has the modalities {sorted(x)} but the threat also names {missing}")
