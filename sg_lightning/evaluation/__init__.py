@@ -1,1 +1,10 @@
-"""Placeholder replaced by the room."""
+"""Evaluate robustness: per sample, resumable, every figure derived from rows. Needs no Lightning."""
+
+from sg_lightning.evaluation.checks import Check
+from sg_lightning.evaluation.engine import RobustnessRun
+from sg_lightning.evaluation.evaluate import evaluate
+from sg_lightning.evaluation.result import RobustnessResult
+from sg_lightning.evaluation.rows import Row
+from sg_lightning.evaluation.statistics import paired_difference, wilson
+
+__all__ = ["Check", "RobustnessResult", "RobustnessRun", "Row", "evaluate", "paired_difference", "wilson"]

@@ -1,0 +1,115 @@
+"""Honesty checks: signs that an attack failed rather than that a network is robust."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sg_lightning.evaluation.rows import Row
+
+Outcome = Literal["pass", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check with the figures behind it. ``norm`` is empty where it concerns all of them."""
+
+    name: str
+    status: Outcome
+    detail: str
+    norm: str = ""
+
+
+def run_checks(rows: Sequence[Row], order: Sequence[tuple[str, str, str]], meta: dict[str, Any]) -> list[Check]:
+    """Derive every check that the attacks of the suite allow.
+
+    Args:
+        rows: All rows; those of phase ``"check"`` hold each attack on the same samples, un-cascaded.
+        order: ``(norm, headline eps, attack)`` from cheap to dear, without the control.
+        meta: ``health`` (shares ``zero_gradients`` and ``nonfinite``), ``stochastic``, ``eot``, ``votes``, ``classes``.
+    """
+    checks = [*_gradients(meta), *_clean(rows, meta)]
+    invalid = {row.id for row in rows if row.status == "invalid"}
+    checks.append(
+        Check(
+            "all examples valid", "fail" if invalid else "pass",
+            f"{len(invalid)} samples had a non-finite gradient or an example outside its threat; they count as not robust",
+        )
+    )  # fmt: skip
+    robust: dict[tuple[str, str, str], dict[int, bool]] = defaultdict(dict)
+    for row in rows:
+        if row.phase == "check":
+            robust[row.norm, row.eps, row.attack][row.id] = row.clean and row.status == "survived"
+    for norm in dict.fromkeys(norm for norm, _, _ in order):
+        eps = next(e for n, e, _ in order if n == norm)
+        attacks = [(a, robust[norm, eps, a]) for n, _, a in order if n == norm and robust.get((norm, eps, a))]
+        if attacks:
+            huge = [(e, got) for (n, e, a), got in robust.items() if n == norm and e != eps]
+            checks += _of_norm(norm, attacks, robust.get((norm, eps, "random"), {}), huge)
+    return checks
+
+
+def _share(found: dict[int, bool]) -> float:
+    return sum(found.values()) / len(found) if found else 0.0
+
+
+def _of_norm(
+    norm: str,
+    attacks: list[tuple[str, dict[int, bool]]],
+    control: dict[int, bool],
+    huge: list[tuple[str, dict[int, bool]]],
+) -> list[Check]:
+    checks = []
+    samples = len(attacks[0][1])
+    slack = max(1, round(0.01 * samples)) / samples
+    for (weak, before), (strong, after) in zip(attacks, attacks[1:], strict=False):
+        name = "iterative at least as strong as single step" if weak == "fgsm" else "more steps at least as strong"
+        status: Outcome = "pass" if _share(after) <= _share(before) + slack else "fail"
+        detail = f"{weak} leaves {_share(before):.1%}, {strong} {_share(after):.1%} of {samples} samples"
+        checks.append(Check(name, status, detail, norm))
+    best, strongest = min(attacks, key=lambda item: _share(item[1]))
+    if control:
+        status = "pass" if _share(strongest) <= _share(control) else "fail"
+        detail = (
+            f"random perturbations leave {_share(control):.1%}, {best} {_share(strongest):.1%} of {samples} samples"
+        )
+        checks.append(Check("adversarial at least as strong as random", status, detail, norm))
+    for eps, found in huge:
+        share = _share(found)
+        status = "pass" if share <= 0.02 else "warn" if share <= 0.1 else "fail"
+        detail = f"at eps = {eps} (half the domain everywhere, or every input) {share:.1%} of {samples} samples survive"
+        checks.append(Check("accuracy falls to zero as eps grows", status, detail, norm))
+    return checks
+
+
+def _gradients(meta: dict[str, Any]) -> list[Check]:
+    health = meta.get("health", {})
+    zero, bad = health.get("zero_gradients", 0.0), health.get("nonfinite", 0.0)
+    checks = [
+        Check(
+            "few zero gradients", "pass" if zero <= 0.01 else "warn" if zero <= 0.1 else "fail",
+            f"{zero:.1%} of the input gradients were exactly zero; an attack cannot move where there is none",
+        ),
+        Check(
+            "finite gradients", "pass" if bad == 0 else "fail",
+            f"{bad:.1%} of the input gradients held NaN or infinite values",
+        ),
+    ]  # fmt: skip
+    if meta.get("stochastic"):
+        good = meta.get("eot", 1) >= 10 and meta.get("votes", 1) >= 3
+        detail = f"the model is random; gradients were averaged over {meta.get('eot', 1)} and decisions over {meta.get('votes', 1)} draws"
+        checks.append(
+            Check("randomness averaged out", "pass" if good else "fail", detail + " (needed: eot >= 10, votes >= 3)")
+        )
+    return checks
+
+
+def _clean(rows: Sequence[Row], meta: dict[str, Any]) -> list[Check]:
+    clean = {row.id: row.clean for row in rows if row.phase == "main"}
+    share, chance = _share(clean), 1 / max(2, meta.get("classes", 2))
+    status: Outcome = "pass" if share > 1.5 * chance else "warn"
+    return [
+        Check("clean accuracy above chance", status, f"{share:.1%} of {len(clean)} samples, chance is {chance:.1%}")
+    ]

@@ -1,0 +1,127 @@
+"""Tensors, a loader or a data module as batches with sample ids."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
+from sg_lightning.domains import Domain
+from sg_lightning.inputs import Input, apply, batch_size, select, tensors
+
+
+class Source:
+    """Batches ``(x, y, ids)`` of a test set, in its order.
+
+    Args:
+        data: ``(x, y)`` tensors, a sequential ``DataLoader``, or a data module with ``test_dataloader()``.
+        max_samples: Only the first so many samples.
+
+    Raises:
+        ValueError: on a shuffling loader, or batches that are not (x, y).
+        TypeError: on anything else.
+    """
+
+    def __init__(self, data: Any, max_samples: int | None = None) -> None:
+        if max_samples is not None and max_samples < 1:
+            raise ValueError(f"max_samples must be >= 1 or None, got {max_samples}")
+        self.domain = getattr(data, "domain", None)
+        self.budgets = getattr(data, "budgets", None)
+        self.limit = math.inf if max_samples is None else max_samples
+        self.pair: tuple[Input, Tensor] | None = None
+        self.loader: Any = None
+        if hasattr(data, "test_dataloader"):
+            data.prepare_data()
+            data.setup("test")
+            self.loader = data.test_dataloader()
+        elif isinstance(data, DataLoader):
+            self.loader = data
+        elif isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
+            self.pair = (data[0], data[1])
+        else:
+            raise TypeError(
+                "data must be a pair of tensors (x, y), a DataLoader or a data module with test_dataloader(), got "
+                f"{type(data).__name__}"
+            )
+        sampler = getattr(self.loader, "sampler", None)
+        if self.loader is not None and (
+            isinstance(sampler, RandomSampler) or not isinstance(sampler, SequentialSampler)
+        ):
+            raise ValueError(
+                f"the loader draws its samples with a {type(sampler).__name__}, but a sample's id is its position in the "
+                "data set: build it with DataLoader(dataset, shuffle=False)"
+            )
+
+    def __len__(self) -> int:
+        size = batch_size(self.pair[0]) if self.pair is not None else len(self.loader.dataset)
+        return int(min(size, self.limit))
+
+    def batches(self, size: int) -> Iterator[tuple[Input, Tensor, Tensor]]:
+        """Yield ``(x, y, ids)``; pairs in batches of ``size``, loaders in their own."""
+        if len(self) == 0:
+            raise ValueError("the test set is empty: nothing to attack")
+        start = 0
+        for x, y in self._raw(size):
+            keep = min(batch_size(x), len(self) - start)
+            index = torch.arange(keep, device=y.device)
+            yield select(x, index), y[:keep], torch.arange(start, start + keep)
+            start += keep
+            if start >= len(self):
+                return
+
+    def _raw(self, size: int) -> Iterator[tuple[Input, Tensor]]:
+        if self.pair is not None:
+            x, y = self.pair
+            for index in torch.arange(batch_size(x)).split(size):
+                yield select(x, index), y[index]
+            return
+        for batch in self.loader:
+            if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+                raise ValueError("batches must be pairs (x, y) of inputs and labels")
+            yield batch[0], batch[1]
+
+
+def check_samples(x: Input, y: Tensor, domain: Domain | None) -> None:
+    """Raise ``ValueError`` with the cure on NaN, values outside the domain, or labels that do not fit."""
+    if y.dim() != 1 or y.is_floating_point() or len(y) != batch_size(x):
+        raise ValueError(
+            f"expected integer labels of shape ({batch_size(x)},), got {y.dtype} of shape {tuple(y.shape)}"
+        )
+    if len(y) and int(y.min()) < 0:
+        raise ValueError(f"labels must be >= 0, got {int(y.min())}")
+    if domain is not None and isinstance(x, Tensor):
+        domain.check(x, "the test data")
+    else:
+        for part in tensors(x):
+            if not bool(torch.isfinite(part).all()):
+                raise ValueError("the test data holds NaN or infinite values; clean it before attacking")
+
+
+def fingerprint_model(model: Any) -> str:
+    """Hash parameters and buffers (12 hex digits); a plain function is named instead."""
+    if not isinstance(model, nn.Module):
+        return f"function {getattr(model, '__qualname__', type(model).__name__)}"
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(name.encode() + str(value.dtype).encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def fingerprint_batch(x: Input, y: Tensor) -> str:
+    """Hash inputs and labels (12 hex digits)."""
+    digest = hashlib.sha256()
+    for part in [*tensors(x), y]:
+        digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def to_device(x: Input, device: torch.device) -> Input:
+    """Move every tensor of an input."""
+    return apply(lambda t: t.to(device), x)

@@ -1,0 +1,132 @@
+"""Measure the robustness of any model on any test set."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+import sg_lightning
+from sg_lightning.attacks import BPTT, Oracle, Suite, load_suite
+from sg_lightning.domains import Domain
+from sg_lightning.evaluation.data import Source, check_samples, fingerprint_batch, fingerprint_model, to_device
+from sg_lightning.evaluation.engine import RobustnessRun, spread_ids
+from sg_lightning.evaluation.result import RobustnessResult
+from sg_lightning.evaluation.rows import Row, RowStore
+from sg_lightning.threats import Budgets
+
+
+def evaluate(
+    model: Callable[..., Any],
+    data: Any,
+    suite: str | Path | Suite = "basic",
+    *,
+    budgets: Budgets | None = None,
+    domain: Domain | None = None,
+    max_samples: int | None = None,
+    batch_size: int = 128,
+    out: str | Path | None = None,
+    seed: int = 0,
+    estimator: BPTT | None = None,
+    eot: int = 1,
+    votes: int = 1,
+    check_samples_count: int = 128,
+    progress: bool = True,
+) -> RobustnessResult:
+    """Attack every test sample under every norm of a suite and report what is left.
+
+    Args:
+        model: Any function ``x -> logits (B, K)``; modules are left exactly as they are.
+        data: ``(x, y)`` tensors, a sequential ``DataLoader``, or a data module.
+        suite: ``"quick"``, ``"basic"``, the path of a YAML file, or a resolved suite.
+        budgets: Budgets per norm; by default those of the data module.
+        domain: Legal values; by default that of the data module, else [0, 1].
+        max_samples: Only the first so many samples.
+        batch_size: Samples attacked together (loaders keep their own). Does not change the result.
+        out: Folder for rows as they are made; an interrupted run goes on from there.
+        seed: Seed of random starts and controls.
+        estimator: Gradient estimator of the attacks for spiking neurons; ``None``: the training surrogate.
+        eot: Gradients averaged per step, for stochastic models.
+        votes: Forward passes whose majority decides, for stochastic models.
+        check_samples_count: Samples on which all attacks run, for the honesty checks; 0 switches them off.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        The result; its rows are also in ``out`` if that is given.
+
+    Raises:
+        ValueError: on bad data, labels, budgets, an unknown suite, or an ``out`` that holds another run.
+        TypeError: if the model does not return one tensor of logits.
+    """
+    if batch_size < 1 or check_samples_count < 0:
+        raise ValueError(
+            f"batch_size must be >= 1 and check_samples_count >= 0, got {batch_size}, {check_samples_count}"
+        )
+    source = Source(data, max_samples)
+    domain = domain or source.domain or Domain()
+    resolved = load_suite(suite, budgets or source.budgets or {}, domain)
+    oracle = Oracle(model, estimator=estimator, eot=eot, votes=votes)
+    weights = fingerprint_model(model)
+    first = next(iter(source.batches(batch_size)))
+    check_samples(first[0], first[1], domain)
+    fingerprint = {
+        "weights": weights, "data": f"{len(source)} samples, first {fingerprint_batch(first[0][:1] if isinstance(first[0], torch.Tensor) else first[0], first[1][:1])}",
+        "suite": f"{resolved.name}-{resolved.hash}", "seed": seed, "estimator": str(estimator), "eot": eot, "votes": votes,
+        "checks": check_samples_count,
+    }  # fmt: skip
+    store = RowStore(out, fingerprint) if out is not None else None
+    run = RobustnessRun(oracle, resolved, seed=seed, check_ids=spread_ids(len(source), check_samples_count))
+    rows = _finished(store.read(), run) if store is not None else []
+    done = {row.id for row in rows}
+    device = next((p.device for p in model.parameters()), torch.device("cpu")) if isinstance(model, nn.Module) else None
+    classes = int(_logits_of_one(oracle, first, device).shape[1])
+    started = time.perf_counter()
+    with tqdm(
+        total=len(source), initial=len(done), desc=f"attacks ({resolved.name})", unit="sample", disable=not progress
+    ) as bar:
+        for x, y, ids in source.batches(batch_size):
+            check_samples(x, y, domain)
+            todo = torch.tensor([k for k, i in enumerate(ids.tolist()) if i not in done], dtype=torch.int64)
+            if len(todo) == 0:
+                continue
+            x, y = (x[todo] if isinstance(x, torch.Tensor) else {n: t[todo] for n, t in x.items()}), y[todo]
+            if device is not None:
+                x, y = to_device(x, device), y.to(device)
+            new = run.batch(x, y, ids[todo].tolist())
+            if store is not None:
+                store.append(new)
+            rows += new
+            bar.update(len(todo))
+    meta = {
+        "seed": seed, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - started, 1), "model": type(model).__name__, "fingerprint": weights,
+        "domain": str(domain), "estimator": str(estimator), "eot": eot, "votes": votes, "stochastic": oracle.stochastic,
+        "classes": classes, "resumed_samples": len(done),
+        "counts": {"forwards": oracle.counts.forwards, "backwards": oracle.counts.backwards},
+        "health": {"zero_gradients": oracle.health.share_zero, "nonfinite": oracle.health.share_nonfinite},
+        "versions": {"sg_lightning": sg_lightning.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }  # fmt: skip
+    return RobustnessResult(sorted(rows, key=lambda row: row.id), resolved, meta, run.examples)
+
+
+def _logits_of_one(oracle: Oracle, batch: tuple[Any, ...], device: torch.device | None) -> torch.Tensor:
+    """Ask for the logits of one sample: a model that cannot be attacked is refused before any work."""
+    x = batch[0][:1] if isinstance(batch[0], torch.Tensor) else {name: part[:1] for name, part in batch[0].items()}
+    return oracle.logits(x if device is None else to_device(x, device))
+
+
+def _finished(rows: list[Row], run: RobustnessRun) -> list[Row]:
+    """Keep the samples whose rows are complete; a killed run may have left some of a batch."""
+    main: dict[int, int] = {}
+    for row in rows:
+        main[row.id] = main.get(row.id, 0) + (row.phase == "main")
+    checked = {row.id for row in rows if row.phase == "check"}
+    complete = {i for i, n in main.items() if n == run.attacks_per_sample and (i not in run.check_ids or i in checked)}
+    return [row for row in rows if row.id in complete]

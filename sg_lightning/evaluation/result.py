@@ -1,0 +1,249 @@
+"""What an evaluation found: every figure is derived from the rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sg_lightning.attacks import Suite
+from sg_lightning.evaluation.checks import Check, run_checks
+from sg_lightning.evaluation.rows import Row, read_rows, to_csv, write_atomically
+from sg_lightning.evaluation.statistics import paired_difference, wilson
+from sg_lightning.threats import parse_eps
+
+Mask = NDArray[np.bool_]
+
+
+class SuiteRecord:
+    """The suite of a result as plain data: name, hash and entries with ``threat``, ``attacks``, ``headline``."""
+
+    def __init__(self, name: str, digest: str, content: dict[str, Any]) -> None:
+        self.name = name
+        self.hash = digest
+        self.content = content
+        self.entries = [_entry(item) for item in content["entries"]]
+
+    @classmethod
+    def of(cls, suite: Suite) -> SuiteRecord:
+        """Record a resolved suite."""
+        return cls(suite.name, suite.hash, suite.describe())
+
+
+def _entry(item: dict[str, Any]) -> SimpleNamespace:
+    threat = SimpleNamespace(norm=item["threat"]["norm"], eps=item["threat"].get("eps", "1"))
+    attacks = [SimpleNamespace(describe=lambda settings=settings: settings) for settings in item["attacks"]]
+    return SimpleNamespace(threat=threat, attacks=attacks, headline=item["headline"])
+
+
+class RobustnessResult:
+    """Accuracies, intervals, checks and examples of one evaluation.
+
+    Args:
+        rows: One per sample and attack.
+        suite: What was run.
+        meta: Seed, date, seconds, versions, counts, health, fingerprints.
+        examples: A few adversarial examples: norm, eps, clean, adversarial, label, predicted, size.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        suite: Suite | SuiteRecord,
+        meta: dict[str, Any],
+        examples: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        self.rows = list(rows)
+        self.suite = SuiteRecord.of(suite) if isinstance(suite, Suite) else suite
+        self.meta = meta
+        self.examples = list(examples)
+        clean = {row.id: row.clean for row in self.rows if row.phase == "main"}
+        if not clean:
+            raise ValueError("no rows: the evaluation has not seen a sample")
+        self.ids: NDArray[np.int64] = np.array(sorted(clean))
+        self.clean_correct: Mask = np.array([clean[i] for i in self.ids.tolist()], dtype=bool)
+        self._position = {i: k for k, i in enumerate(self.ids.tolist())}
+        self._fell: dict[tuple[str, float, bool], Mask] = {}
+        for row in self.rows:
+            if row.phase == "main" and row.norm:
+                key = (row.norm, parse_eps(row.eps), row.attack == "random")
+                fell = self._fell.setdefault(key, np.zeros(len(self.ids), dtype=bool))
+                fell[self._position[row.id]] |= row.status in ("broken", "invalid")
+        order = [
+            (entry.threat.norm, entry.threat.eps, _name(attack.describe()))
+            for entry in self.suite.entries
+            if entry.headline
+            for attack in entry.attacks
+        ]
+        self.checks: list[Check] = run_checks(self.rows, order, meta)
+
+    # --- what was measured ---------------------------------------------------------------------------------------------
+
+    @property
+    def norms(self) -> list[str]:
+        """The norms, in the order of the suite."""
+        return list(dict.fromkeys(entry.threat.norm for entry in self.suite.entries))
+
+    def budgets(self, norm: str) -> tuple[str, ...]:
+        """Return the budgets of a norm as written, ascending."""
+        self._require(norm)
+        return tuple(str(entry.threat.eps) for entry in self.suite.entries if entry.threat.norm == norm)
+
+    def headline(self, norm: str) -> str:
+        """Return the headline budget of a norm as written."""
+        self._require(norm)
+        return next(str(e.threat.eps) for e in self.suite.entries if e.threat.norm == norm and e.headline)
+
+    def _require(self, norm: str) -> None:
+        if norm not in self.norms:
+            raise ValueError(f"norm {norm!r} was not attacked; measured: {', '.join(self.norms)}")
+
+    # --- figures ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def clean(self) -> float:
+        """Accuracy without an attack."""
+        return float(self.clean_correct.mean())
+
+    def robust(self, norm: str, eps: float | str | None = None) -> Mask:
+        """Tell per sample (N,) whether it is correct and no attack of this norm within eps (headline) changed that.
+
+        A sample broken within a smaller budget is broken within a larger one.
+        """
+        limit = self._limit(norm, eps)
+        right = self.clean_correct.copy()
+        for (other, budget, control), fell in self._fell.items():
+            if other == norm and budget <= limit and not control:
+                right &= ~fell
+        return right
+
+    def _limit(self, norm: str, eps: float | str | None) -> float:
+        limit = parse_eps(self.headline(norm) if eps is None else eps)
+        measured = [parse_eps(text) for text in self.budgets(norm)]
+        if limit not in measured:
+            raise ValueError(f"eps={eps} was not measured under {norm}; measured: {', '.join(self.budgets(norm))}")
+        return limit
+
+    def accuracy(self, norm: str, eps: float | str | None = None) -> float:
+        """Return the robust accuracy at eps (headline if ``None``)."""
+        return float(self.robust(norm, eps).mean())
+
+    def interval(self, norm: str, eps: float | str | None = None) -> tuple[float, float]:
+        """Return the Wilson 95 % interval of :meth:`accuracy`."""
+        return wilson(int(self.robust(norm, eps).sum()), len(self.ids))
+
+    def random_accuracy(self, norm: str, eps: float | str | None = None) -> float:
+        """Return the accuracy under random perturbations of that size; NaN if they were not measured."""
+        fell = self._fell.get((norm, self._limit(norm, eps), True))
+        return float("nan") if fell is None else float((self.clean_correct & ~fell).mean())
+
+    def union_robust(self) -> Mask:
+        """Tell per sample (N,) whether it survives every norm's headline budget."""
+        return np.logical_and.reduce([self.robust(norm) for norm in self.norms])
+
+    def union(self) -> float:
+        """Return the share of samples that survive every norm's headline budget."""
+        return float(self.union_robust().mean())
+
+    def curve(self, norm: str) -> list[tuple[float, float, float, float]]:
+        """Return ``(eps, accuracy, low, high)`` from the clean accuracy at 0 on, with Wilson intervals."""
+        start = (0.0, self.clean, *wilson(int(self.clean_correct.sum()), len(self.ids)))
+        return [start, *((parse_eps(e), self.accuracy(norm, e), *self.interval(norm, e)) for e in self.budgets(norm))]
+
+    def difference(
+        self, other: RobustnessResult, norm: str | None = None, eps: float | str | None = None
+    ) -> tuple[float, float, float]:
+        """Return accuracy minus the other's with the paired-bootstrap 95 % interval; ``norm=None``: the union.
+
+        Raises:
+            ValueError: if the two were not measured on the same samples.
+        """
+        if not np.array_equal(self.ids, other.ids):
+            raise ValueError(f"a paired difference needs the same samples; {len(self.ids)} and {len(other.ids)} differ")
+        if norm is None:
+            return paired_difference(self.union_robust(), other.union_robust())
+        return paired_difference(self.robust(norm, eps), other.robust(norm, eps))
+
+    def metrics(self) -> dict[str, float]:
+        """Return every figure under a stable name, e.g. ``robust/linf_8_255/acc``, for loggers."""
+        found = {"robust/clean/acc": self.clean, "robust/union/acc": self.union()}
+        found["robust/min/acc"] = min(self.accuracy(norm) for norm in self.norms)
+        for entry in self.suite.entries:
+            norm, eps = entry.threat.norm, str(entry.threat.eps)
+            key = f"robust/{norm}_{''.join(c if c.isalnum() or c in '-_' else '_' for c in eps.replace('.', 'p'))}"
+            found[f"{key}/acc"] = self.accuracy(norm, eps)
+            control = self.random_accuracy(norm, eps)
+            if control == control:  # not NaN
+                found[f"{key}/random_acc"] = control
+                found[f"{key}/gap"] = control - found[f"{key}/acc"]
+        return found
+
+    def table(self) -> str:
+        """Render a table for the terminal; figures tainted by a check carry a mark."""
+        lines = [f"{'':<14}{'accuracy':>9}  {'95 % interval':<15}{'random':>7}"]
+        low, high = wilson(int(self.clean_correct.sum()), len(self.ids))
+        lines.append(f"{'clean':<14}{self.clean:>9.1%}  [{low:5.1%}, {high:5.1%}]")
+        for norm in self.norms:
+            bad = [c.status for c in self.checks if c.norm in ("", norm) and c.status != "pass"]
+            mark = " !" if "fail" in bad else " ?" if bad else ""
+            for eps in self.budgets(norm):
+                low, high = self.interval(norm, eps)
+                control = self.random_accuracy(norm, eps)
+                shown = f"{control:>7.1%}" if control == control else " " * 7
+                head = " *" if eps == self.headline(norm) else ""
+                lines.append(
+                    f"{norm + ' ' + eps:<14}{self.accuracy(norm, eps):>9.1%}  [{low:5.1%}, {high:5.1%}] {shown}{head}{mark}"
+                )
+        low, high = wilson(int(self.union_robust().sum()), len(self.ids))
+        lines.append(f"{'union':<14}{self.union():>9.1%}  [{low:5.1%}, {high:5.1%}]   over the headline budgets (*)")
+        for check in self.checks:
+            if check.status != "pass":
+                lines.append(
+                    f"{'!' if check.status == 'fail' else '?'} {check.norm or 'all norms'}: {check.name}: {check.detail}"
+                )
+        return "\n".join(lines)
+
+    # --- files -----------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``rows.csv``, ``result.json`` and ``examples.pt`` into a folder, atomically; return the folder."""
+        folder = Path(folder)
+        names = ",".join(Row.__dataclass_fields__)
+        write_atomically(
+            folder / "rows.csv", "\n".join([names, *(",".join(cells) for cells in to_csv(self.rows))]) + "\n"
+        )
+        temporary = folder / "examples.pt.tmp"
+        torch.save(self.examples, temporary)
+        temporary.replace(folder / "examples.pt")
+        suite = {"name": self.suite.name, "hash": self.suite.hash, "content": self.suite.content}
+        write_atomically(folder / "result.json", json.dumps({"suite": suite, "meta": self.meta}, indent=1))
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RobustnessResult:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the folder holds no result.
+        """
+        folder = Path(folder)
+        if not (folder / "result.json").is_file():
+            raise ValueError(f"{folder} holds no saved result (result.json is missing)")
+        content = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        suite = content["suite"]
+        examples = torch.load(folder / "examples.pt", weights_only=True) if (folder / "examples.pt").exists() else []
+        record = SuiteRecord(suite["name"], suite["hash"], suite["content"])
+        return cls(read_rows(folder / "rows.csv"), record, content["meta"], examples)
+
+
+def _name(settings: dict[str, Any]) -> str:
+    """Name an attack as its rows do."""
+    if settings["attack"] != "pgd":
+        return str(settings["attack"])
+    return f"pgd-{settings['steps']}" + (f"x{settings['restarts']}" if settings["restarts"] > 1 else "")
