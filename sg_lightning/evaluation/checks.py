@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from sg_lightning.evaluation.rows import Row
@@ -64,7 +65,7 @@ def _of_norm(
     checks = []
     samples = len(attacks[0][1])
     slack = max(1, round(0.01 * samples)) / samples
-    for (weak, before), (strong, after) in zip(attacks, attacks[1:], strict=False):
+    for (weak, before), (strong, after) in pairwise(attacks):
         name = "iterative at least as strong as single step" if weak == "fgsm" else "more steps at least as strong"
         status: Outcome = "pass" if _share(after) <= _share(before) + slack else "fail"
         detail = f"{weak} leaves {_share(before):.1%}, {strong} {_share(after):.1%} of {samples} samples"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,7 +180,7 @@ class RobustnessResult:
             key = f"robust/{norm}_{''.join(c if c.isalnum() or c in '-_' else '_' for c in eps.replace('.', 'p'))}"
             found[f"{key}/acc"] = self.accuracy(norm, eps)
             control = self.random_accuracy(norm, eps)
-            if control == control:  # not NaN
+            if not math.isnan(control):
                 found[f"{key}/random_acc"] = control
                 found[f"{key}/gap"] = control - found[f"{key}/acc"]
         return found
@@ -195,7 +196,7 @@ class RobustnessResult:
             for eps in self.budgets(norm):
                 low, high = self.interval(norm, eps)
                 control = self.random_accuracy(norm, eps)
-                shown = f"{control:>7.1%}" if control == control else " " * 7
+                shown = f"{control:>7.1%}" if not math.isnan(control) else " " * 7
                 head = " *" if eps == self.headline(norm) else ""
                 lines.append(
                     f"{norm + ' ' + eps:<14}{self.accuracy(norm, eps):>9.1%}  [{low:5.1%}, {high:5.1%}] {shown}{head}{mark}"

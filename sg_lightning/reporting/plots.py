@@ -37,7 +37,7 @@ def accuracy_curves(results: Results) -> Figure:
     figure = style.new_figure(max(4.9 * across, 6.5), 3.2 * down + 0.5)
     for i, norm in enumerate(panels):
         axes = figure.add_subplot(down, across, i + 1)
-        unit = provenance.unit(norm)
+        unit = provenance.unit(results, norm)
         style.dress(axes, f"{style.norm_label(norm)} perturbations", f"ε, {unit}" if unit else "ε", "accuracy (%)")
         _draw_norm(axes, results, norm)
     style.legend(figure, _curve_handles(results), columns=6)

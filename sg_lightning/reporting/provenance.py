@@ -15,13 +15,16 @@ UNITS = {
     "linf": "largest change of one input value",
     "l2": "Euclidean length of the change",
     "l1": "sum of all changes",
-    "l0": "inputs changed",
-    "flips": "flips",
+    "flips": "events or spikes flipped",
 }
 
 
-def unit(norm: str) -> str:
-    """Say what the budget of a norm counts."""
+def unit(results: Results, norm: str) -> str:
+    """Say what the budget of a norm counts, e.g. ``pixels changed``."""
+    for result in results.values():
+        for entry in result.suite.content["entries"]:
+            if entry["threat"]["norm"] == norm and "unit" in entry["threat"]:
+                return f"{entry['threat']['unit']} changed"
     return UNITS.get(norm, "")
 
 
@@ -88,7 +91,10 @@ def alerts(results: Results) -> list[str]:
 def run_details(results: Results) -> list[tuple[str, dict[str, Any]]]:
     """Return headed groups of facts: each suite norm by norm, then the evaluations, per method only where they differ."""
     suites = {result.suite.hash: result.suite for result in results.values()}
-    groups = [(f"Attacks of suite {suite.name} ({suite.hash})", _attacks(suite)) for suite in suites.values()]
+    groups: list[tuple[str, dict[str, Any]]] = []
+    for suite in suites.values():
+        control = {"control": "random perturbations at every budget"} if suite.content.get("control") else {}
+        groups.append((f"Attacks of suite {suite.name} ({suite.hash})", {**_attacks(suite), **control}))
     described = {name: {"samples": len(result.ids), **result.meta} for name, result in results.items()}
     evaluation: dict[str, Any] = {}
     for key in dict.fromkeys(key for values in described.values() for key in values):

@@ -9,13 +9,13 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from sg_lightning.evaluation import RobustnessResult
+from sg_lightning.evaluation import RobustnessResult, wilson
+from sg_lightning.evaluation.statistics import Z
 from sg_lightning.inputs import Input
 from sg_lightning.reporting.style import norm_label
 from sg_lightning.threats.base import parse_eps
 
 Results: TypeAlias = Mapping[str, RobustnessResult]
-Z = 1.959964  # two-sided 95 %
 SEVERITY = {"pass": 0, "warn": 1, "fail": 2}
 
 
@@ -106,12 +106,9 @@ def columns(results: Results) -> list[Column]:
 # --- shares and differences -------------------------------------------------------------------------------------------
 
 
-def wilson(right: int, total: int) -> Share:
-    """Return a share with its Wilson 95 % interval (Wilson, JASA 1927)."""
-    p = right / total
-    middle = (p + Z * Z / (2 * total)) / (1 + Z * Z / total)
-    half = Z * math.sqrt(p * (1 - p) / total + Z * Z / (4 * total * total)) / (1 + Z * Z / total)
-    return Share(p, max(0.0, middle - half), min(1.0, middle + half))
+def share_of(right_ones: int, total: int) -> Share:
+    """Return a share with its Wilson interval."""
+    return Share(right_ones / total, *wilson(right_ones, total))
 
 
 def right(result: RobustnessResult, key: str) -> np.ndarray | None:
@@ -119,7 +116,7 @@ def right(result: RobustnessResult, key: str) -> np.ndarray | None:
     if key == "clean":
         return result.clean_correct
     if key == "union":
-        return np.logical_and.reduce([result.robust(norm) for norm in result.norms])
+        return result.union_robust()
     if key == "min":
         key = weakest(result)
     return result.robust(key) if key in result.norms else None
@@ -133,7 +130,7 @@ def weakest(result: RobustnessResult) -> str:
 def cell(result: RobustnessResult, key: str) -> Share | None:
     """Return the accuracy of a column with its Wilson interval; ``None`` if the norm was not attacked."""
     found = right(result, key)
-    return None if found is None else wilson(int(found.sum()), len(found))
+    return None if found is None else share_of(int(found.sum()), len(found))
 
 
 def control(result: RobustnessResult, norm: str) -> Share | None:
@@ -141,7 +138,7 @@ def control(result: RobustnessResult, norm: str) -> Share | None:
     if norm not in result.norms:
         return None
     share = result.random_accuracy(norm)
-    return None if math.isnan(share) else wilson(round(share * len(result.clean_correct)), len(result.clean_correct))
+    return None if math.isnan(share) else share_of(round(share * len(result.ids)), len(result.ids))
 
 
 def random_curve(result: RobustnessResult, norm: str) -> list[tuple[float, float]]:
@@ -175,7 +172,7 @@ def paired(old: RobustnessResult, new: RobustnessResult) -> bool:
 
 def independent_difference(right_before: int, before: int, right_after: int, after: int) -> Share:
     """Return the difference of two independent shares with Newcombe's interval; see :func:`difference`."""
-    a, b = wilson(right_before, before), wilson(right_after, after)
+    a, b = share_of(right_before, before), share_of(right_after, after)
     value = b.value - a.value
     low = value - math.hypot(b.value - b.low, a.high - a.value)
     return Share(value, low, value + math.hypot(b.high - b.value, a.value - a.low))

@@ -4,6 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from sg_lightning.attacks import FGSM, PGD, Suite
+from sg_lightning.attacks.suites import Entry
+from sg_lightning.domains import Box
+from sg_lightning.evaluation import RobustnessResult, Row
+from sg_lightning.threats import make_threat
+
 SAMPLES = 200
 EPS = {
     "linf": ("1/16", "2/16", "3/16"),
@@ -39,20 +45,81 @@ def truth():
     return {name: right_answers(shares, seed) for seed, (name, shares) in enumerate(SHARES.items())}
 
 
+def budget_masks(clean, at_headline):
+    """Robust at the smaller, the headline and the larger budget, each set within the one before."""
+    even = np.arange(len(clean)) % 2 == 0
+    larger = at_headline.copy()
+    larger[np.flatnonzero(at_headline)[::2]] = False
+    return at_headline | (clean & even), at_headline, larger
+
+
+def build(clean, right, *, weak_pgd=(), first_id=0, steps=40, examples=False):
+    """Make a result through the real class: a row per sample and attack, all figures derived from them.
+
+    Random perturbations break every tenth sample at the largest budget only. Under the norms of ``weak_pgd`` the
+    honesty checks see PGD leave more samples than FGSM.
+    """
+    entries = []
+    for norm in right:
+        for eps in EPS[norm]:
+            threat = make_threat(norm, eps, Box())
+            entries.append(Entry(threat, (FGSM(threat), PGD(threat, steps=steps, restarts=2)), eps == HEADLINE[norm]))
+    suite = Suite("basic", tuple(entries), True)
+    rows = []
+
+    def add(k, phase, norm, eps, attack, status, size=0.0):
+        tag = f"{suite.name}-{suite.hash}"
+        rows.append(Row(first_id + k, k % 10, bool(clean[k]), phase, norm, eps, attack, status, size, 1, 1, tag))
+
+    for k in range(len(clean)):
+        add(k, "main", "", "", "clean", "skipped")
+        for norm, at_headline in right.items():
+            before = clean
+            for i, (eps, mask) in enumerate(zip(EPS[norm], budget_masks(clean, at_headline), strict=True)):
+                assert not (mask & ~before).any()
+                add(k, "main", norm, eps, "fgsm", "survived" if before[k] else "skipped")
+                fate = "skipped" if not before[k] else "survived" if mask[k] else "broken"
+                add(k, "main", norm, eps, f"pgd-{steps}x2", fate, 0.1)
+                add(k, "main", norm, eps, "random", "broken" if i == 2 and k % 10 == 0 else "survived")
+                before = mask
+            for attack, mask in (("fgsm", clean), (f"pgd-{steps}x2", at_headline), ("random", clean)):
+                stands = (mask ^ (attack == "fgsm") if norm in weak_pgd else mask)[k]
+                if k < 60:
+                    add(k, "check", norm, HEADLINE[norm], attack, "survived" if stands else "broken")
+    meta = {
+        "seed": 3, "date": "2026-01-02T03:04:05+00:00", "classes": 10, "model": "ConvNet",
+        "versions": {"torch": "2.13.0"}, "health": {"zero_gradients": 0.0, "nonfinite": 0.0},
+    }  # fmt: skip
+    return RobustnessResult(rows, suite, meta, _examples(right) if examples else ())
+
+
+def _examples(norms):
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for norm in norms:
+        for label in range(3):
+            clean = torch.rand(1, 8, 8, generator=generator)
+            adversarial = (clean + 0.1 * torch.randn(1, 8, 8, generator=generator)).clamp(0, 1)
+            found.append({
+                "norm": norm, "eps": HEADLINE[norm], "clean": clean, "adversarial": adversarial, "label": label,
+                "predicted": label + 4, "size": 0.125,
+            })  # fmt: skip
+    return found
+
+
 @pytest.fixture(scope="session")
 def make_result():
-    import sys; sys.path.insert(0, "/tmp")
-    import r_fake
-    return r_fake.build
+    return build
 
 
 @pytest.fixture(scope="session")
-def results(truth, make_result):
-    made = {}
-    for name, right in truth.items():
-        checks = [("iterative beats single step", "pass", "fine", norm) for norm in EPS]
-        if name == "SR":
-            checks.append(("random is weaker", "fail", "the reason of the failed check", "l2"))
-        by_norm = {norm: right[norm] for norm in EPS}
-        made[name] = make_result(right["clean"], by_norm, checks=checks, examples=name == "vanilla")
-    return made
+def results(truth):
+    return {
+        name: build(
+            right["clean"],
+            {norm: right[norm] for norm in EPS},
+            weak_pgd=("l2",) if name == "SR" else (),
+            examples=name == "vanilla",
+        )
+        for name, right in truth.items()
+    }

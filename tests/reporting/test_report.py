@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from sg_lightning.evaluation import Check
 from sg_lightning.metrics import gradient_sparsity
 from sg_lightning.reporting import findings, write_report
 
@@ -110,7 +111,8 @@ def test_strings_of_the_user_are_escaped(report, page):
 
 def test_names_of_methods_and_checks_are_escaped(make_result, truth, tmp_path):
     right = {norm: truth["SR"][norm] for norm in ("linf", "l2")}
-    result = make_result(truth["SR"]["clean"], right, checks=[("a<b", "fail", "<i>&</i>", "l2")])
+    result = make_result(truth["SR"]["clean"], right)
+    result.checks = [Check("a<b", "fail", "<i>&</i>", "l2")]
     path = write_report({"<b>x</b>": result, "y&z": result}, tmp_path)
     text = path.read_text(encoding="utf-8")
     assert "<b>x" not in text
@@ -135,9 +137,15 @@ def test_the_table_holds_the_accuracies_and_the_best_is_bold(page, truth):
     assert {cell for cell in page.bold if header < cell[0] <= header + len(truth)} == best
 
 
-def test_a_failed_check_is_shown_with_its_reason_and_marks_its_figures(page):
+def test_a_failed_check_is_shown_with_its_reason_and_marks_its_figures(page, results):
     text = page.all_text()
-    assert "the reason of the failed check" in text
+    (failed,) = [check for check in results["SR"].checks if check.status != "pass"]
+    assert failed.norm == "l2"
+    assert f"SR, {failed.name}, L2: {failed.detail}" in text
+    assert f"SR: {failed.name} (fail): {failed.detail}" in text
+    total = sum(len(result.checks) for result in results.values())
+    assert f"1 of {total} failed and 0 gave a warning" in text
+    assert f"{total - 1} passed: what was seen" in text
     assert "Some figures need care" in text
     header = next(i for i, row in enumerate(page.rows) if row[0] == "method")
     row = page.rows[header + 2]
@@ -149,8 +157,19 @@ def test_the_page_says_what_was_run(page, results):
     text = page.all_text()
     result = results["SR"]
     samples = len(result.ids)
-    assert f"were attacked, each on its own, on {samples} test samples of Digits under L∞ (ε = 1/16, 2/16, 3/16)" in text
-    for word in (result.suite.name, result.suite.hash, "steps 40", "restarts 2", "SR: weight 0.01", "seed"):
+    assert (
+        f"were attacked, each on its own, on {samples} test samples of Digits under L∞ (ε = 1/16, 2/16, 3/16)" in text
+    )
+    for word in (
+        result.suite.name,
+        result.suite.hash,
+        "steps 40",
+        "restarts 2",
+        "SR: weight 0.01",
+        "seed",
+        "2026-01-02",
+        "torch 2.13.0",
+    ):
         assert word in text
 
 

@@ -5,13 +5,9 @@ from sg_lightning.reporting import summary
 from sg_lightning.reporting.style import percent, points
 
 
-@pytest.mark.parametrize(
-    ("right", "total", "low", "high"),
-    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)],
-)
-def test_wilson_interval_equals_published_values(right, total, low, high):
-    # The last row is the example of Newcombe, Statistics in Medicine 17, 1998, p. 857; the others are textbook values.
-    assert summary.wilson(right, total) == pytest.approx((right / total, low, high), abs=1e-4)
+def test_shares_carry_their_wilson_interval():
+    # The example of Newcombe, Statistics in Medicine 17, 1998, p. 857.
+    assert summary.share_of(81, 263) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=1e-4)
 
 
 def test_independent_difference_equals_newcombes_published_example():
@@ -74,9 +70,10 @@ def test_differences_are_paired_on_the_same_samples_and_independent_on_others(re
     elsewhere = make_result(summary.right(new, "clean"), right, first_id=1000)
     unpaired = summary.difference(old, elsewhere, "linf")
     assert unpaired.value == pytest.approx(summary.difference(old, new, "linf").value)
-    assert unpaired.high - unpaired.low > summary.difference(old, new, "linf").high - summary.difference(
-        old, new, "linf"
-    ).low
+    assert (
+        unpaired.high - unpaired.low
+        > summary.difference(old, new, "linf").high - summary.difference(old, new, "linf").low
+    )
 
 
 def test_baseline_is_the_named_one_else_vanilla_else_the_first(results):
