@@ -176,11 +176,3 @@ def check_batch(x: Input, y: Tensor) -> None:
             raise ValueError("the inputs hold NaN or infinite values; clean the data before attacking")
     if bool((y < 0).any()):
         raise ValueError(f"labels must be >= 0, got {int(y.min())}")
-
-
-def check_labels(y: Tensor, classes: int) -> None:
-    """Raise ``ValueError`` if a label is no class of the model."""
-    if int(y.max()) >= classes:
-        raise ValueError(
-            f"label {int(y.max())} is no class of the model, whose logits have {classes} classes (0 to {classes - 1})"
-        )

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sg_lightning.attacks.base import Attack, Progress, check_labels
+from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.losses import get_loss
-from sg_lightning.attacks.oracle import Oracle
+from sg_lightning.attacks.oracle import Oracle, check_labels
 from sg_lightning.inputs import Input, apply, select
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import Linf

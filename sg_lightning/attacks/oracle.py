@@ -164,7 +164,9 @@ class Oracle:
 
     def misclassified(self, x: Input, y: Tensor) -> Tensor:
         """Tell per sample (B,) whether most of ``votes`` fresh forward passes are wrong."""
-        wrong = sum((self.logits(x).argmax(1) != y).int() for _ in range(self.votes))
+        drawn = [self.logits(x) for _ in range(self.votes)]
+        check_labels(y, drawn[0].shape[1])
+        wrong = sum((logits.argmax(1) != y).int() for logits in drawn)
         return wrong * 2 > self.votes  # type: ignore[operator, return-value]
 
     def correct(self, x: Input, y: Tensor) -> Tensor:
@@ -261,4 +263,12 @@ def check_logits(z: Any, samples: int) -> None:
         raise ValueError(
             "the model returned probabilities (rows in [0, 1] that sum to 1), but attacks need logits: a softmax hides "
             "gradients and overstates robustness. Remove the final softmax"
+        )
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Raise ``ValueError`` if a label is no class of the model."""
+    if int(y.max()) >= classes:
+        raise ValueError(
+            f"label {int(y.max())} is no class of the model, whose logits have {classes} classes (0 to {classes - 1})"
         )

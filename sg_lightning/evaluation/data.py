@@ -43,6 +43,8 @@ class Source:
             self.loader = data
         elif isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
             self.pair = (data[0], data[1])
+            if batch_size(data[0]) != len(data[1]):
+                raise ValueError(f"{batch_size(data[0])} inputs but {len(data[1])} labels; give one label per input")
         else:
             raise TypeError(
                 "data must be a pair of tensors (x, y), a DataLoader or a data module with test_dataloader(), got "

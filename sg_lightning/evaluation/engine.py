@@ -114,7 +114,7 @@ class RobustnessRun:
             sizes = threat.size(found.x_adv, part)
             for k, position in enumerate(index.tolist()):
                 status[position] = "invalid" if invalid[k] else "broken" if broken[k] else "survived"
-                size[position] = float(sizes[k])
+                size[position] = float(f"{float(sizes[k]):.9g}")  # the last digits depend on the batch shape
                 queries[position], iterations[position] = int(found.queries[k]), int(found.iterations[k])
             if phase == "main" and attack.kind != "random":
                 self._keep_examples(threat, part, found.x_adv, labels, [ids[k] for k in index], broken, sizes)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sg_lightning.evaluation import RobustnessResult
 from sg_lightning.reporting import summary
 from sg_lightning.reporting.style import norm_label, percent, points
 from sg_lightning.reporting.summary import Results, Share
@@ -85,11 +86,11 @@ def _against(results: Results, baseline: str, name: str) -> Finding:
     return Finding(f"{name} compared with {baseline}", tuple(sentences))
 
 
-def _place(result: summary.RobustnessResult, key: str) -> str:
+def _place(result: RobustnessResult, key: str) -> str:
     return "union" if key == "union" else f"{norm_label(key)} (ε\u00a0=\u00a0{summary.headline(result, key)})"
 
 
-def _from_to(old: summary.RobustnessResult, new: summary.RobustnessResult, key: str) -> str:
+def _from_to(old: RobustnessResult, new: RobustnessResult, key: str) -> str:
     before, after = summary.cell(old, key), summary.cell(new, key)
     assert before is not None
     assert after is not None

@@ -11,6 +11,7 @@ from string import Template
 from typing import Any
 
 from sg_lightning import __version__
+from sg_lightning.evaluation import RobustnessResult
 from sg_lightning.reporting import provenance, summary
 from sg_lightning.reporting.findings import Finding
 from sg_lightning.reporting.style import norm_label, percent, points
@@ -127,7 +128,7 @@ def _accuracies(results: Results) -> str:
     )
 
 
-def _gap(result: summary.RobustnessResult, column: Column) -> str:
+def _gap(result: RobustnessResult, column: Column) -> str:
     random, attacked = summary.control(result, column.key), summary.cell(result, column.key)
     return "" if random is None or attacked is None else f"{points(random.value - attacked.value)} points"
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sg_lightning.attacks import FGSM, PGD, Suite
-from sg_lightning.attacks.suites import Entry
+from sg_lightning.attacks import FGSM, PGD, Entry, Suite
 from sg_lightning.domains import Box
 from sg_lightning.evaluation import RobustnessResult, Row
 from sg_lightning.threats import make_threat

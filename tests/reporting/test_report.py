@@ -39,7 +39,8 @@ class Page(HTMLParser):
         assert self.stack.pop() == tag
 
     def handle_data(self, data):
-        self.text.append(data)
+        if "style" not in self.stack:
+            self.text.append(data)
         if "td" in self.stack or "th" in self.stack:
             self.rows[-1][-1] += data
 
