@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sg_lightning._version import __version__
+
 if TYPE_CHECKING:
     from sg_lightning.callbacks import RobustnessEvaluation, SparseGradient
     from sg_lightning.evaluation import evaluate
     from sg_lightning.modules import SpikingClassifier
 
-__version__ = "0.1.0"
 __all__ = ["RobustnessEvaluation", "SparseGradient", "SpikingClassifier", "__version__", "evaluate"]
 
 # Resolved at first use, so that `import sg_lightning` costs nothing and the plain-PyTorch rooms never load Lightning.

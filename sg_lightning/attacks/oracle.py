@@ -167,7 +167,7 @@ class Oracle:
         drawn = [self.logits(x) for _ in range(self.votes)]
         check_labels(y, drawn[0].shape[1])
         wrong = sum((logits.argmax(1) != y).int() for logits in drawn)
-        return wrong * 2 > self.votes  # type: ignore[operator, return-value]
+        return wrong * 2 > self.votes  # type: ignore[return-value]
 
     def correct(self, x: Input, y: Tensor) -> Tensor:
         """Tell per sample (B,) whether it is classified as ``y``."""

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 from torch.utils.data import DistributedSampler, SequentialSampler
 
-import sg_lightning
+from sg_lightning._version import __version__
 from sg_lightning.attacks import BPTT, Oracle, Suite, load_suite
 from sg_lightning.domains import Domain
 from sg_lightning.evaluation import RobustnessResult, RobustnessRun, Row
@@ -161,10 +161,10 @@ class RobustnessEvaluation(Callback):
             "estimator": str(self.estimator),
             "counts": {"forwards": oracle.counts.forwards, "backwards": oracle.counts.backwards},
             "health": {"zero_gradients": oracle.health.share_zero, "nonfinite": oracle.health.share_nonfinite},
-            "versions": {"sg_lightning": sg_lightning.__version__, "torch": torch.__version__},
+            "versions": {"sg_lightning": __version__, "torch": torch.__version__},
         }  # fmt: skip
         self.result = RobustnessResult(rows, run.suite, meta, run.examples)
-        self.log_dict(self.result.metrics(), sync_dist=True)
+        pl_module.log_dict(self.result.metrics(), sync_dist=True)
         if self.out is not None and trainer.is_global_zero:
             self.result.save(self.out / f"{_stage(trainer)}-epoch-{trainer.current_epoch}")
 

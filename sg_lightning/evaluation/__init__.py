@@ -2,7 +2,7 @@
 
 from sg_lightning.evaluation.checks import Check
 from sg_lightning.evaluation.engine import RobustnessRun
-from sg_lightning.evaluation.evaluate import evaluate
+from sg_lightning.evaluation.measure import evaluate
 from sg_lightning.evaluation.result import RobustnessResult
 from sg_lightning.evaluation.rows import Row
 from sg_lightning.evaluation.statistics import paired_difference, wilson

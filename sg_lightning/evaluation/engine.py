@@ -168,7 +168,7 @@ def overwhelming(threat: Threat, x: Input) -> Threat | None:
         "linf": width / 2,
         "l2": width / 2 * values**0.5,
         "l1": width / 2 * values,
-    }.get(threat.norm, float(int(positions)))  # type: ignore[arg-type]
+    }.get(threat.norm, float(int(positions)))
     return threat.with_eps(eps)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -10,11 +11,11 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from sg_lightning import __version__
+from sg_lightning._version import __version__
 from sg_lightning.evaluation import RobustnessResult
 from sg_lightning.reporting import provenance, summary
 from sg_lightning.reporting.findings import Finding
-from sg_lightning.reporting.style import norm_label, percent, points
+from sg_lightning.reporting.style import DPI, norm_label, percent, points
 from sg_lightning.reporting.summary import Column, Results
 
 MARKS = {"warn": ("!", "warning"), "fail": ("✕", "failed"), "pass": ("✓", "passed")}
@@ -95,11 +96,17 @@ def _findings(found: Sequence[Finding]) -> str:
 
 
 def _pictures(pictures: Iterable[Picture], section: str) -> str:
-    return "".join(
-        f'<figure><img alt="{escape(p.alt)}" src="data:image/png;base64,{base64.b64encode(p.png).decode()}">'
-        f"<figcaption>{escape(p.caption)}</figcaption></figure>"
-        for p in pictures
-        if p.section == section
+    return "".join(_figure(picture) for picture in pictures if picture.section == section)
+
+
+def _figure(picture: Picture) -> str:
+    """Embed a figure at its natural size; a smaller screen shrinks it."""
+    width, height = (round(pixels * 100 / DPI) for pixels in struct.unpack(">II", picture.png[16:24]))  # PNG header
+    data = base64.b64encode(picture.png).decode()
+    caption = f"<figcaption>{escape(picture.caption)}</figcaption>" if picture.caption else ""
+    return (
+        f'<figure><img width="{width}" height="{height}" alt="{escape(picture.alt)}" '
+        f'src="data:image/png;base64,{data}">{caption}</figure>'
     )
 
 

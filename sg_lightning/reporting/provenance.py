@@ -41,7 +41,7 @@ def in_words(results: Results, settings: Mapping[str, Any]) -> list[str]:
     threats = []
     for norm in summary.norms(results):
         eps = next(list(summary.budgets(r, norm).values()) for r in results.values() if norm in r.norms)
-        threats.append(f"{norm_label(norm)} (ε = {', '.join(eps)})")
+        threats.append(f"{norm_label(norm)} (ε\u00a0=\u00a0{', '.join(eps)})")
     return [
         (
             f"{listed(list(results))} {verb} on {' or '.join(str(n) for n in samples)} test samples{where} under "

@@ -60,11 +60,12 @@ def write_report(
         _picture("union", "accuracies", plots.union_bars(results), *_UNION),
         _picture("accuracy_curves", "curves", plots.accuracy_curves(results), *_CURVES),
     ]
-    for i, (name, result) in enumerate(results.items()):
-        if result.examples:
-            alt = f"Clean and adversarial inputs of {name}, and their differences, for each norm"
-            figure = examples_figure(result, name)
-            pictures.append(_picture(f"examples_{i + 1}_{_slug(name)}", "examples", figure, alt, _EXAMPLES))
+    kept = [name for name, result in results.items() if result.examples]
+    for i, name in enumerate(kept):
+        alt = f"Clean and adversarial inputs of {name}, and their differences, for each norm"
+        caption = _EXAMPLES if name == kept[-1] else ""
+        figure = examples_figure(results[name], name)
+        pictures.append(_picture(f"examples_{i + 1}_{_slug(name)}", "examples", figure, alt, caption))
     if gradient_metrics:
         pictures.append(_picture("gradients", "gradients", gradient_sparsity_figure(gradient_metrics), *_GRADIENTS))
     if histories:

@@ -56,17 +56,17 @@ class Joint(Threat):
     def project(self, x_adv: Input, x: Input) -> Input:
         """Project each modality on its own set; those without a threat go back to clean."""
         parts, clean = self._modalities(x_adv), self._modalities(x)
-        return {**clean, **{n: t.project(parts[n], clean[n]) for n, t in self.threats}}  # type: ignore[dict-item]
+        return {**clean, **{n: t.project(parts[n], clean[n]) for n, t in self.threats}}  # type: ignore[misc]
 
     def random_start(self, x: Input, generator: SampleGenerator) -> Input:
         """Start each modality at a random allowed point."""
         parts = self._modalities(x)
-        return {**parts, **{n: t.random_start(parts[n], generator.fork(n)) for n, t in self.threats}}  # type: ignore[dict-item]
+        return {**parts, **{n: t.random_start(parts[n], generator.fork(n)) for n, t in self.threats}}  # type: ignore[misc]
 
     def sample(self, x: Input, generator: SampleGenerator) -> Input:
         """Perturb each modality at random, each at its full budget."""
         parts = self._modalities(x)
-        return {**parts, **{n: t.sample(parts[n], generator.fork(n)) for n, t in self.threats}}  # type: ignore[dict-item]
+        return {**parts, **{n: t.sample(parts[n], generator.fork(n)) for n, t in self.threats}}  # type: ignore[misc]
 
     def steepest_step(self, x_adv: Input, grad: Input, x: Input, step_size: float) -> Input:
         """Step in each modality; ``step_size`` is a share of each budget."""
@@ -77,7 +77,7 @@ class Joint(Threat):
     def maximise_linear(self, x: Input, grad: Input) -> Input:
         """Maximise in each modality; exact, as the sets are independent."""
         clean, slopes = self._modalities(x), self._modalities(grad)
-        return {**clean, **{n: t.maximise_linear(clean[n], slopes[n]) for n, t in self.threats}}  # type: ignore[dict-item]
+        return {**clean, **{n: t.maximise_linear(clean[n], slopes[n]) for n, t in self.threats}}  # type: ignore[misc]
 
     def size(self, x_adv: Input, x: Input) -> Tensor:
         """Return the largest used share of a modality's budget, (B,); infinite if a budget of 0 is passed."""

@@ -108,17 +108,17 @@ def test_cascade_spends_nothing_on_the_broken():
 
 def test_interrupted_run_resumes_to_the_same_rows(tmp_path):
     class Dies(Net):
-        calls, last = 0, None
+        calls, stop_at = 0, None
 
         def forward(self, x):
             self.calls += 1
-            if self.calls == self.last:
+            if self.calls == self.stop_at:
                 raise KeyboardInterrupt
             return super().forward(x)
 
     counting = Dies()
     whole = run(counting, batch_size=4)
-    Dies.last = counting.calls * 2 // 3
+    Dies.stop_at = counting.calls * 2 // 3
     with pytest.raises(KeyboardInterrupt):
         run(Dies(), batch_size=4, out=tmp_path)
     kept = len(read_rows(tmp_path / "rows.csv"))

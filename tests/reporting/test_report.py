@@ -169,7 +169,7 @@ def test_the_page_says_what_was_run(page, results):
         "SR: weight 0.01",
         "seed",
         "2026-01-02",
-        "torch 2.13.0",
+        "torch: 2.13.0",
     ):
         assert word in text
 

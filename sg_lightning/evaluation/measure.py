@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-import sg_lightning
+from sg_lightning._version import __version__
 from sg_lightning.attacks import BPTT, Oracle, Suite, load_suite
 from sg_lightning.domains import Domain
 from sg_lightning.evaluation.data import Source, check_samples, fingerprint_batch, fingerprint_model, to_device
@@ -111,7 +111,7 @@ def evaluate(
         "classes": classes, "resumed_samples": len(done),
         "counts": {"forwards": oracle.counts.forwards, "backwards": oracle.counts.backwards},
         "health": {"zero_gradients": oracle.health.share_zero, "nonfinite": oracle.health.share_nonfinite},
-        "versions": {"sg_lightning": sg_lightning.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"sg_lightning": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
     return RobustnessResult(sorted(rows, key=lambda row: row.id), resolved, meta, run.examples)
 
