@@ -113,7 +113,8 @@ class PGD(Attack):
     Args:
         threat: The allowed perturbations.
         steps: Gradient steps per restart, >= 1.
-        step_size: Length of a step in the norm of the threat (L1: Euclidean); ``None``: 2.5 eps / steps.
+        step_size: Length of a step in the norm of the threat (L1: Euclidean); ``None``: 2.5 eps / steps, and
+            falling linearly from eps to 0 under L2 and L1.
         restarts: Independent random starts, >= 1.
         random_start: Start at a random allowed point. With ``False`` the first restart starts clean.
         loss: ``"ce"``, or ``"margin"`` for models with huge logits.
@@ -180,7 +181,6 @@ class PGD(Attack):
         x, y = select(x_all, index), y_all[index]
         clean_start = restart == 0 and not self.random_start
         point = x if clean_start else self.threat.random_start(x, noise.select(index))
-        size = self.threat.default_step(self.steps) if self.step_size is None else parse_eps(self.step_size)
         decay = (0.75 if self.threat.discrete else 0.0) if self.momentum is None else self.momentum
         trend = apply(torch.zeros_like, x)
         for step in range(self.steps):
@@ -200,6 +200,7 @@ class PGD(Attack):
             if decay:
                 trend = apply(lambda m, g: decay * m + _normalised(g), trend, gradient)
                 gradient = trend
+            size = self.threat.default_step(self.steps, step) if self.step_size is None else parse_eps(self.step_size)
             point = self.threat.project(self.threat.steepest_step(point, gradient, x, size), x)
         loss, wrong = _evaluate(oracle, point, x, y, self.loss)
         progress.record(index, point, loss, wrong, (restart + 1) * self.steps, 1)

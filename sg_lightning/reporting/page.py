@@ -275,7 +275,7 @@ def _run(results: Results, settings: Mapping[str, Any]) -> str:
 
 
 def _entries(values: Mapping[str, Any]) -> str:
-    return "".join(f"<dt>{escape(str(key))}</dt><dd>{_value(value)}</dd>" for key, value in values.items())
+    return "".join(f"<dt>{escape(_words(key))}</dt><dd>{_value(value)}</dd>" for key, value in values.items())
 
 
 def _value(value: Any) -> str:
@@ -285,9 +285,15 @@ def _value(value: Any) -> str:
     return escape(_inline(value))
 
 
+def _words(key: Any) -> str:
+    return str(key).replace("_", " ")
+
+
 def _inline(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_inline(item)}" for key, item in value.items())
+        return ", ".join(f"{_words(key)} {_inline(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_inline(item) for item in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

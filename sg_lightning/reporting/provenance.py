@@ -42,11 +42,15 @@ def in_words(results: Results, settings: Mapping[str, Any]) -> list[str]:
     for norm in summary.norms(results):
         eps = next(list(summary.budgets(r, norm).values()) for r in results.values() if norm in r.norms)
         threats.append(f"{norm_label(norm)} (ε\u00a0=\u00a0{', '.join(eps)})")
+    described = [a.describe() for r in results.values() for entry in r.suite.entries for a in entry.attacks]
+    attacks = list(dict.fromkeys(_attack_in_words(description) for description in described))
+    random = any(result.suite.content.get("control") for result in results.values())
     return [
         (
             f"{listed(list(results))} {verb} on {' or '.join(str(n) for n in samples)} test samples{where} under "
             f"{listed(threats)}."
         ),
+        f"Attacks: {listed(attacks)}{'; random perturbations of the same size as control' if random else ''}.",
         "A sample counts as robust only if it is right without an attack and no attack within the budget changed that.",
     ]
 
@@ -96,26 +100,38 @@ def run_details(results: Results) -> list[tuple[str, dict[str, Any]]]:
         control = {"control": "random perturbations at every budget"} if suite.content.get("control") else {}
         groups.append((f"Attacks of suite {suite.name} ({suite.hash})", {**_attacks(suite), **control}))
     described = {name: {"samples": len(result.ids), **result.meta} for name, result in results.items()}
+    for values in described.values():
+        if str(values.get("estimator", "")) == "None":
+            values["estimator"] = "none: the model's own gradient, through the training surrogate of spiking neurons"
     evaluation: dict[str, Any] = {}
     for key in dict.fromkeys(key for values in described.values() for key in values):
         found = {name: values[key] for name, values in described.items() if key in values}
         alike = len(found) == len(results) and all(value == next(iter(found.values())) for value in found.values())
-        evaluation[key.replace("_", " ")] = next(iter(found.values())) if alike else found
+        evaluation[key] = next(iter(found.values())) if alike else found
     return [*groups, ("Evaluation", evaluation)]
 
 
 def _attacks(suite: Any) -> dict[str, str]:
     """List what tried to break a sample, per norm, with the budgets at which the same list was used."""
-    budgets: dict[tuple[str, str], list[str]] = {}
+    lists: dict[tuple[str, str], list[str]] = {}
     for entry in suite.entries:
         attacks = "; ".join(_attack(attack.describe()) for attack in entry.attacks)
         eps = f"{entry.threat.eps} (headline)" if entry.headline else str(entry.threat.eps)
-        budgets.setdefault((norm_label(entry.threat.norm), attacks), []).append(eps)
-    return {f"{norm}, ε = {', '.join(eps)}": attacks for (norm, attacks), eps in budgets.items()}
+        lists.setdefault((norm_label(entry.threat.norm), attacks), []).append(eps)
+    return {f"{norm}, ε = {', '.join(eps)}": attacks for (norm, attacks), eps in lists.items()}
 
 
 def _attack(description: Mapping[str, Any]) -> str:
-    """Write an attack with its settings, e.g. ``pgd (steps 40, restarts 2)``."""
-    settings = {k: v for k, v in description.items() if k not in ("attack", "name", "threat") and v is not None}
-    name = str(description.get("name", description.get("attack", "")))
-    return f"{name} ({', '.join(f'{k} {v}' for k, v in settings.items())})" if settings else name
+    """Write an attack with all its settings as the suite spells them, e.g. ``pgd: steps=40, restarts=2``."""
+    settings = (f"{k}={v}" for k, v in description.items() if k != "attack" and v is not None)
+    return f"{description['attack']}: {', '.join(settings)}"
+
+
+def _attack_in_words(description: Mapping[str, Any]) -> str:
+    """Name an attack with its strength, e.g. ``PGD (40 steps, 2 restarts)``."""
+    strength = []
+    for key in ("steps", "restarts"):
+        if count := description.get(key):
+            strength.append(f"{count} {key if count != 1 else key[:-1]}")
+    name = str(description["attack"]).upper()
+    return f"{name} ({', '.join(strength)})" if strength else name

@@ -89,8 +89,8 @@ class Threat(ABC):
     def contains(self, x_adv: Input, x: Input) -> Tensor:
         """Tell per sample, bool (B,), whether ``x_adv`` is finite, in budget (1e-6 relative) and in the domain."""
 
-    def default_step(self, steps: int) -> float:
-        """Return the usual step: any point of the ball can be reached and left again within ``steps``."""
+    def default_step(self, steps: int, done: int = 0) -> float:
+        """Return the length of step number ``done`` of ``steps``: any point of the ball can be reached and left again."""
         return 2.5 * self.budget / steps
 
     def with_eps(self, eps: float | str) -> Self:

@@ -123,6 +123,10 @@ class L2(_Ball):
 
     norm: ClassVar[str] = "l2"
 
+    def default_step(self, steps: int, done: int = 0) -> float:
+        """Return a step that falls linearly from eps: walls bend the path, so a constant short step would not arrive."""
+        return self.budget * (1 - done / steps)
+
     def _shrink(self, magnitude: Tensor, room: Tensor) -> Tensor:
         return fill_l2(magnitude, room, self.budget)
 
@@ -160,6 +164,10 @@ class L1(_Ball):
     """
 
     norm: ClassVar[str] = "l1"
+
+    def default_step(self, steps: int, done: int = 0) -> float:
+        """Return a step that falls linearly from eps: walls bend the path, so a constant short step would not arrive."""
+        return self.budget * (1 - done / steps)
 
     def _shrink(self, magnitude: Tensor, room: Tensor) -> Tensor:
         return project_l1(magnitude, room, self.budget)

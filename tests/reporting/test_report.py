@@ -164,8 +164,8 @@ def test_the_page_says_what_was_run(page, results):
     for word in (
         result.suite.name,
         result.suite.hash,
-        "steps 40",
-        "restarts 2",
+        "PGD (40 steps, 2 restarts)",
+        "pgd: steps=40, restarts=2",
         "SR: weight 0.01",
         "seed",
         "2026-01-02",
