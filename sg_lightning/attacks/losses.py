@@ -13,7 +13,10 @@ Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy in float64: in float32 it saturates at margins above ~17 and its gradient vanishes."""
+    """Cross-entropy in float64: in float32 it saturates at margins above ~17 and its gradient vanishes.
+
+    In float64 that happens above ~700: use ``margin`` for logits that large.
+    """
     return functional.cross_entropy(logits.double(), y, reduction="none")
 
 

@@ -182,13 +182,12 @@ class L1(_Ball):
         return signs * sizes * (self.budget / sizes.sum(1, keepdim=True).clamp_min(_TINY))
 
     def steepest_step(self, x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float) -> Tensor:  # type: ignore[override]
-        """Move by ``step_size`` (Euclidean length) along the gradient, only where the wall leaves room.
+        """Move by ``step_size`` (Euclidean length) along the gradient.
 
         The sparse vertex of the ball would move one value per step; the projection makes the iterate sparse anyway,
         and a gradient step followed by an exact projection reaches the optimum of a linear model.
         """
         gain = _scaled(grad)
-        gain = torch.where(self._room(x_adv, gain) > 0, gain, 0.0)
         step = gain * (step_size / gain.norm(dim=1, keepdim=True).clamp_min(_TINY))
         return x_adv + step.view(x.shape).to(x.dtype)
 
