@@ -114,7 +114,7 @@ class PGD(Attack):
         threat: The allowed perturbations.
         steps: Gradient steps per restart, >= 1.
         step_size: Length of a step in the norm of the threat (L1: Euclidean); ``None``: 2.5 eps / steps, and
-            falling linearly from eps to 0 under L2 and L1.
+            falling linearly from eps (L1: 4 eps) to 0 under L2 and L1.
         restarts: Independent random starts, >= 1.
         random_start: Start at a random allowed point. With ``False`` the first restart starts clean.
         loss: ``"ce"``, or ``"margin"`` for models with huge logits.

@@ -15,7 +15,7 @@ Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy in float64: in float32 it saturates at margins above ~17 and its gradient vanishes.
 
-    In float64 that happens above ~700: use ``margin`` for logits that large.
+    In a float32 model the gradient still underflows above ~90: use ``margin`` for logits that large.
     """
     return functional.cross_entropy(logits.double(), y, reduction="none")
 

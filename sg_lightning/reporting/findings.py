@@ -170,13 +170,18 @@ def _gradients(metrics: GradientMetrics, baseline: str) -> Finding:
     for name in metrics:
         if name == baseline:
             continue
-        size, ratio = (_median(metrics[name], key) / _median(metrics[baseline], key) for key in ("l1", "l1_over_l2"))
-        hoyer = f"from {_median(metrics[baseline], 'hoyer'):.2f} to {_median(metrics[name], 'hoyer'):.2f}"
-        smaller = _word(size, "smaller", "larger", "of about the same size")
-        sparser = _word(ratio, "sparser", "denser", "about as sparse")
+        old, new = metrics[baseline], metrics[name]
+        typical = _median(new, "l1") / _median(old, "l1")
+        mean = float(measured(new, "l1").mean() / measured(old, "l1").mean())
+        words = [_word(ratio, "smaller", "larger", "of about the same size") for ratio in (typical, mean)]
+        # Confident samples have tiny gradients, so the typical and the mean size can move in opposite ways.
+        size = words[0] if words[0] == words[1] else f"{words[0]} for the typical sample, {words[1]} on average"
+        ratio = _median(new, "l1_over_l2") / _median(old, "l1_over_l2")
         sentences.append(
-            f"{name}: the gradient is {smaller} (median ‖g‖₁ is {size:.2g} times that of {baseline}) and {sparser} "
-            f"(median ‖g‖₁/‖g‖₂ is {ratio:.2g} times, median Hoyer sparsity goes {hoyer})."
+            f"{name}: the gradient is {size} (‖g‖₁ is {typical:.2g} times that of {baseline} in the median, {mean:.2g} "
+            f"times in the mean) and {_word(ratio, 'sparser', 'denser', 'about as sparse')} (median ‖g‖₁/‖g‖₂ is "
+            f"{ratio:.2g} times, median Hoyer sparsity goes from {_median(old, 'hoyer'):.2f} to "
+            f"{_median(new, 'hoyer'):.2f})."
         )
     return Finding("Input gradients", tuple(sentences))
 

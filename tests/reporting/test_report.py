@@ -215,6 +215,16 @@ def test_findings_on_gradients_compare_medians(results, gradient_metrics):
     assert "and denser" in text
 
 
+def test_findings_on_gradients_say_when_median_and_mean_disagree(results):
+    g = torch.ones(11, 16)
+    tail = g.clone() * torch.tensor([0.1] * 10 + [100.0])[:, None]  # most are smaller, one is huge
+    metrics = {"vanilla": gradient_sparsity(tail), "SR": gradient_sparsity(g)}
+    found = {f.title: " ".join(f.sentences) for f in findings.find(results, "vanilla", metrics)}
+    assert "SR: the gradient is larger for the typical sample, smaller on average" in found["Input gradients"]
+    assert "10 times that of vanilla in the median, 0.11 times in the mean" in found["Input gradients"]
+    assert "about as sparse" in found["Input gradients"]
+
+
 def test_one_method_alone_is_reported_without_comparisons(results, tmp_path):
     text = Page(write_report({"AT": results["AT"]}, tmp_path).read_text(encoding="utf-8")).all_text()
     assert "compared with" not in text
