@@ -170,6 +170,10 @@ def _gradients(metrics: GradientMetrics, baseline: str) -> Finding:
     for name in metrics:
         if name == baseline:
             continue
+        dead = [method for method in (baseline, name) if measured(metrics[method], "l1").size == 0]
+        if dead:
+            sentences.append(f"{name}: no comparison, every gradient of {dead[0]} is zero or not finite.")
+            continue
         old, new = metrics[baseline], metrics[name]
         typical = _median(new, "l1") / _median(old, "l1")
         mean = float(measured(new, "l1").mean() / measured(old, "l1").mean())

@@ -87,10 +87,10 @@ def _draw(panels: list[Axes], example: summary.Example, *, headed: bool) -> None
     scale = _scale(clean, adversarial)
     for axes, plane in ((panels[0], clean), (panels[1], adversarial)):
         _show(axes, plane, **scale)
-    span = float(scale["vmax"])
+    span = 0.5 if clean.ndim == 3 else float(scale["vmax"])  # colours are drawn around mid-grey
     factor = span / largest if largest > 0 else 1.0
     if difference.ndim == 3:
-        _show(panels[2], 0.5 + 0.5 * factor * difference)
+        _show(panels[2], 0.5 + factor * difference)
     else:
         _show(panels[2], factor * difference, cmap=_diverging(), vmin=-span, vmax=span)
     titles = (

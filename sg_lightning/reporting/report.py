@@ -11,7 +11,13 @@ from sg_lightning.reporting.findings import find
 from sg_lightning.reporting.page import Picture, render
 from sg_lightning.reporting.pictures import examples_figure
 from sg_lightning.reporting.summary import Results
-from sg_lightning.reporting.training import GradientMetrics, Histories, gradient_sparsity_figure, training_curves
+from sg_lightning.reporting.training import (
+    GradientMetrics,
+    Histories,
+    gradient_sparsity_figure,
+    measured,
+    training_curves,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,7 +72,7 @@ def write_report(
         caption = _EXAMPLES if name == kept[-1] else ""
         figure = examples_figure(results[name], name)
         pictures.append(_picture(f"examples_{i + 1}_{_slug(name)}", "examples", figure, alt, caption))
-    if gradient_metrics:
+    if gradient_metrics and any(measured(metrics, "l1").size for metrics in gradient_metrics.values()):
         pictures.append(_picture("gradients", "gradients", gradient_sparsity_figure(gradient_metrics), *_GRADIENTS))
     if histories:
         pictures.append(_picture("training", "training", training_curves(histories), *_TRAINING))
@@ -122,7 +128,8 @@ _CURVES = (
 )
 _EXAMPLES = (
     "What an attack needs to change. Labels give the true class, then what the network says; the size is in the unit "
-    "of the norm. Red is added and blue is taken away in the differences, which are amplified as stated."
+    "of the norm. Differences are amplified as stated: red is added and blue taken away; those of colour images lie around "
+    "mid-grey."
 )
 _GRADIENTS = (
     "Distributions over samples of the size and the sparsity of the input gradient, one row per method",

@@ -53,21 +53,22 @@ def gradient_sparsity_figure(gradient_metrics: GradientMetrics) -> Figure:
             same samples.
 
     Raises:
-        ValueError: no method, a missing measure, or a method without a single non-zero gradient.
+        ValueError: no method, a missing measure, or not a single finite, non-zero gradient in all methods.
         ImportError: matplotlib is not installed.
     """
     if not gradient_metrics:
         raise ValueError("gradient_metrics is empty: give {method: input_gradient_metrics(forward, x, y)}")
     names = list(gradient_metrics)
+    if not any(measured(gradient_metrics[name], "l1").size for name in names):
+        raise ValueError("gradient_metrics holds no finite, non-zero gradient: there is nothing to draw")
     figure = style.new_figure(12.2, 0.72 * len(names) + 1.5)
     for i, (key, title, log) in enumerate(PANELS):
         axes = figure.add_subplot(1, len(PANELS), i + 1)
         style.dress(axes, title, grid="x")
         for row, (name, look) in enumerate(style.looks(names).items()):
             values = measured(gradient_metrics[name], key)
-            if values.size == 0:
-                raise ValueError(f"gradient_metrics[{name!r}] has no sample with a finite, non-zero gradient")
-            _distribution(axes, np.log10(values) if log else values, row, look.colour, log=log)
+            if values.size:
+                _distribution(axes, np.log10(values) if log else values, row, look.colour, log=log)
         labels = [_row_label(name, gradient_metrics[name]) if i == 0 else "" for name in names]
         axes.set_yticks(range(len(names)), labels, fontsize=10)
         axes.set_ylim(len(names) - 0.4, -0.6)

@@ -107,6 +107,18 @@ def test_examples_show_clean_adversarial_and_amplified_difference(results):
     assert f"×{1 / np.abs(delta).max():.2g}" in titles[2]
 
 
+def test_differences_of_colour_images_are_amplified_around_grey_as_stated(make_result, truth):
+    result = make_result(truth["SR"]["clean"], {"linf": truth["SR"]["linf"]})
+    clean, change = torch.rand(3, 8, 8) * 0.5 + 0.25, torch.zeros(3, 8, 8)
+    change[0, 2, 3], change[1, 4, 4] = 0.05, -0.02
+    example = {"norm": "linf", "eps": "2/16", "label": 1, "predicted": 2, "size": 0.05}
+    result.examples = [{**example, "clean": clean, "adversarial": clean + change}]
+    axes = reporting.examples_figure(result).axes[2]
+    shown = np.asarray(axes.images[0].get_array())
+    assert "×10," in axes.get_title()
+    np.testing.assert_allclose(shown, 0.5 + 10 * change.permute(1, 2, 0).numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [((1, 8, 6), (8, 6)), ((3, 8, 6), (8, 6, 3)), ((2, 8, 6), (8, 6)), ((5, 2, 8, 6), (8, 6)), ((5, 9), (9, 5)), ((7,), (1, 7))],
@@ -140,7 +152,7 @@ def test_gradient_figure_shows_the_medians_and_counts_zero_gradients():
 def test_gradient_figure_refuses_what_it_cannot_draw():
     with pytest.raises(ValueError, match="is empty"):
         reporting.gradient_sparsity_figure({})
-    with pytest.raises(ValueError, match="no sample with a finite, non-zero gradient"):
+    with pytest.raises(ValueError, match="no finite, non-zero gradient"):
         reporting.gradient_sparsity_figure({"dead": gradient_sparsity(torch.zeros(3, 4))})
     with pytest.raises(ValueError, match=r"lacks \['hoyer'\]"):
         reporting.gradient_sparsity_figure({"partial": {k: torch.ones(3) for k in ("l1", "l1_over_l2")}})

@@ -225,6 +225,16 @@ def test_findings_on_gradients_say_when_median_and_mean_disagree(results):
     assert "about as sparse" in found["Input gradients"]
 
 
+def test_a_network_without_gradients_is_named_and_does_not_stop_the_report(results, gradient_metrics, tmp_path):
+    dead = {"vanilla": gradient_metrics["vanilla"], "SR": gradient_sparsity(torch.zeros(60, 64))}
+    text = Page(write_report(results, tmp_path, gradient_metrics=dead).read_text(encoding="utf-8")).all_text()
+    assert "every gradient of SR is zero or not finite" in text
+    assert (tmp_path / "gradients.png").exists()
+    only = {"SR": dead["SR"]}
+    write_report(results, tmp_path / "none", gradient_metrics=only)
+    assert not (tmp_path / "none" / "gradients.png").exists()
+
+
 def test_one_method_alone_is_reported_without_comparisons(results, tmp_path):
     text = Page(write_report({"AT": results["AT"]}, tmp_path).read_text(encoding="utf-8")).all_text()
     assert "compared with" not in text
