@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self  # typing has it from Python 3.11
 
-from sg_lightning.attacks.oracle import Oracle
+from sg_lightning.attacks.oracle import Gradient, Oracle
 from sg_lightning.inputs import Input, assign, batch_size, detached, device_of, select, tensors
 from sg_lightning.sampling import SampleGenerator, as_sample_generator
 from sg_lightning.threats import Threat
@@ -30,6 +30,8 @@ class AttackResult:
         loss: Loss at ``x_adv``, float64 (B,).
         iterations: Gradient steps until the first success, for survivors all of them, int64 (B,).
         queries: Forward passes spent on the sample, int64 (B,).
+        gradients: Input gradients taken (averages over ``eot`` draws count once), int64 (B,).
+        zero_gradients: How many of them were zero everywhere, int64 (B,).
     """
 
     x_adv: Input
@@ -38,6 +40,8 @@ class AttackResult:
     loss: Tensor
     iterations: Tensor
     queries: Tensor
+    gradients: Tensor
+    zero_gradients: Tensor
 
 
 class Progress:
@@ -52,9 +56,20 @@ class Progress:
         self.loss = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
         self.iterations = torch.zeros(size, dtype=torch.int64, device=device)
         self.queries = torch.zeros_like(self.iterations)
+        self.gradients = torch.zeros_like(self.iterations)
+        self.zero_gradients = torch.zeros_like(self.iterations)
 
-    def record(self, index: Tensor, x_adv: Input, loss: Tensor, wrong: Tensor, iteration: int, queries: int) -> None:
-        """Keep the evaluated points of the samples ``index`` that improve on what is held."""
+    def record(
+        self,
+        index: Tensor,
+        x_adv: Input,
+        loss: Tensor,
+        wrong: Tensor,
+        iteration: int,
+        queries: int,
+        found: Gradient | None = None,
+    ) -> None:
+        """Keep the evaluated points of the samples ``index`` that improve on what is held; ``found`` with a gradient."""
         open_ = ~self.invalid[index]
         if self.goal == "success":
             open_ &= ~self.success[index]
@@ -68,10 +83,17 @@ class Progress:
         self.success[kept] = wrong[better] if self.goal == "loss" else first[better]
         self.queries[index[open_]] += queries
         self.iterations[index[open_]] = iteration
+        if found is not None:
+            self.gradients[index[open_]] += 1
+            self.zero_gradients[index[open_]] += found.zero[open_].long()
+            self.invalid[index] |= found.invalid & ~self.success[index]
 
     def result(self) -> AttackResult:
         """Freeze into a result."""
-        return AttackResult(self.x_adv, self.success, self.invalid, self.loss, self.iterations, self.queries)
+        return AttackResult(
+            self.x_adv, self.success, self.invalid, self.loss, self.iterations, self.queries, self.gradients,
+            self.zero_gradients,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

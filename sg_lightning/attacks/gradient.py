@@ -57,8 +57,7 @@ class FGSM(Attack):
         start = self._start(x, noise)
         found = oracle.value_and_grad(start, y, get_loss(self.loss))
         check_labels(y, found.logits.shape[1])
-        progress.record(everyone, start, found.loss, found.logits.argmax(1) != y, 0, oracle.eot)
-        progress.invalid |= found.invalid & ~progress.success
+        progress.record(everyone, start, found.loss, found.logits.argmax(1) != y, 0, oracle.eot, found)
         x_adv = self._step(start, found.grad, x)
         loss, wrong = _evaluate(oracle, x_adv, x, y, self.loss)
         # A single step has one answer: the stepped point, also where the start had the higher loss.
@@ -187,8 +186,7 @@ class PGD(Attack):
             found = oracle.value_and_grad(point, y, get_loss(self.loss))
             check_labels(y, found.logits.shape[1])
             done = restart * self.steps + step
-            progress.record(index, point, found.loss, found.logits.argmax(1) != y, done, oracle.eot)
-            progress.invalid[index] |= found.invalid & ~progress.success[index]
+            progress.record(index, point, found.loss, found.logits.argmax(1) != y, done, oracle.eot, found)
             gradient = apply(lambda g: torch.nan_to_num(g, 0.0, 0.0, 0.0), found.grad)
             if early_drop:
                 alive = ~(progress.success | progress.invalid)[index]

@@ -47,12 +47,13 @@ class Health:
 
 @dataclass(frozen=True)
 class Gradient:
-    """One evaluation: loss (B,), logits (B, K), input gradient, and which samples had a non-finite one (B,)."""
+    """One evaluation: loss (B,), logits (B, K), input gradient, and whose was non-finite or zero everywhere (B,)."""
 
     loss: Tensor
     logits: Tensor
     grad: Input
     invalid: Tensor
+    zero: Tensor
 
 
 @dataclass
@@ -105,7 +106,7 @@ class Oracle:
             with self.estimator.applied(self.model):  # refuses a model that it cannot apply to, now and not later
                 pass
         self._depth = 0
-        self._plausible = False
+        self.classes = 0  # known after the first forward pass
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -189,6 +190,7 @@ class Oracle:
             torch.cat([p.logits for p in parts]),
             rebuild(x, grads),
             torch.cat([p.invalid for p in parts]),
+            torch.cat([p.zero for p in parts]),
         )
 
     def _gradient(self, x: Input, y: Tensor, loss: Loss) -> Gradient:
@@ -221,7 +223,7 @@ class Oracle:
                 f"the input gradient of {int((~finite).sum())} of {batch_size(x)} samples is NaN or infinite; look for "
                 "exploding activations or a surrogate gradient that overflows"
             )
-        return Gradient(losses, logits, rebuild(x, grads), ~finite)
+        return Gradient(losses, logits, rebuild(x, grads), ~finite, zero)
 
     def _chunks(self, x: Input) -> list[Input]:
         size = batch_size(x)
@@ -238,9 +240,9 @@ class Oracle:
             with torch.autocast(device_of(x).type, dtype=self.autocast):
                 z = self.model(x)
             z = z.float() if isinstance(z, Tensor) else z
-        if not self._plausible:
+        if not self.classes:
             check_logits(z, batch_size(x))
-            self._plausible = True
+            self.classes = z.shape[1]
         return z
 
 

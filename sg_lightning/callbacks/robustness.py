@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,10 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 from torch.utils.data import DistributedSampler, SequentialSampler
 
-from sg_lightning._version import __version__
 from sg_lightning.attacks import BPTT, Oracle, Suite, load_suite
 from sg_lightning.domains import Domain
 from sg_lightning.evaluation import RobustnessResult, RobustnessRun, Row
-from sg_lightning.evaluation.data import check_samples, fingerprint_model
+from sg_lightning.evaluation.data import check_samples
 from sg_lightning.evaluation.engine import spread_ids
 from sg_lightning.inputs import batch_size
 from sg_lightning.threats import Budgets
@@ -89,7 +86,6 @@ class RobustnessEvaluation(Callback):
         self._rows: list[Row] = []
         self._next = 0
         self._legal = Domain()
-        self._started = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolve the suite now: a typing error should not cost an epoch."""
@@ -119,7 +115,6 @@ class RobustnessEvaluation(Callback):
         oracle = Oracle(pl_module, estimator=self.estimator, eot=self.eot, votes=self.votes)
         checks = spread_ids(samples, self.check_samples_count)
         self._run = RobustnessRun(oracle, self._resolve(trainer), seed=self.seed, check_ids=checks)
-        self._started = time.perf_counter()
 
     def _attack(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
         if self._run is None or dataloader_idx > 0:
@@ -152,18 +147,7 @@ class RobustnessEvaluation(Callback):
             rows = [unique[key] for key in sorted(unique, key=lambda k: k[0])]
         if not rows:
             return
-        oracle = run.oracle
-        meta = {
-            "seed": self.seed, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - self._started, 1), "model": type(pl_module).__name__,
-            "fingerprint": fingerprint_model(pl_module), "epoch": trainer.current_epoch, "stage": _stage(trainer),
-            "eot": self.eot, "votes": self.votes, "stochastic": oracle.stochastic, "domain": str(self._legal),
-            "estimator": str(self.estimator),
-            "counts": {"forwards": oracle.counts.forwards, "backwards": oracle.counts.backwards},
-            "health": {"zero_gradients": oracle.health.share_zero, "nonfinite": oracle.health.share_nonfinite},
-            "versions": {"sg_lightning": __version__, "torch": torch.__version__},
-        }  # fmt: skip
-        self.result = RobustnessResult(rows, run.suite, meta, run.examples)
+        self.result = run.result(rows, domain=str(self._legal), epoch=trainer.current_epoch, stage=_stage(trainer))
         pl_module.log_dict(self.result.metrics(), sync_dist=True)
         if self.out is not None and trainer.is_global_zero:
             self.result.save(self.out / f"{_stage(trainer)}-epoch-{trainer.current_epoch}")

@@ -3,8 +3,18 @@
 from sg_lightning.evaluation.checks import Check
 from sg_lightning.evaluation.engine import RobustnessRun
 from sg_lightning.evaluation.measure import evaluate
-from sg_lightning.evaluation.result import RobustnessResult
+from sg_lightning.evaluation.result import RobustnessResult, SuiteRecord
 from sg_lightning.evaluation.rows import Row
-from sg_lightning.evaluation.statistics import paired_difference, wilson
+from sg_lightning.evaluation.statistics import Share, paired_difference, wilson
 
-__all__ = ["Check", "RobustnessResult", "RobustnessRun", "Row", "evaluate", "paired_difference", "wilson"]
+__all__ = [
+    "Check",
+    "RobustnessResult",
+    "RobustnessRun",
+    "Row",
+    "Share",
+    "SuiteRecord",
+    "evaluate",
+    "paired_difference",
+    "wilson",
+]

@@ -29,9 +29,9 @@ def run_checks(rows: Sequence[Row], order: Sequence[tuple[str, str, str]], meta:
     Args:
         rows: All rows; those of phase ``"check"`` hold each attack on the same samples, un-cascaded.
         order: ``(norm, headline eps, attack)`` from cheap to dear, without the control.
-        meta: ``health`` (shares ``zero_gradients`` and ``nonfinite``), ``stochastic``, ``eot``, ``votes``, ``classes``.
+        meta: ``stochastic``, ``eot``, ``votes``, ``classes``.
     """
-    checks = [*_gradients(meta), *_clean(rows, meta)]
+    checks = [_gradients(rows), *_randomness(meta), _clean(rows, meta)]
     invalid = {row.id for row in rows if row.status == "invalid"}
     checks.append(
         Check(
@@ -85,32 +85,26 @@ def _of_norm(
     return checks
 
 
-def _gradients(meta: dict[str, Any]) -> list[Check]:
-    health = meta.get("health", {})
-    zero, bad = health.get("zero_gradients", 0.0), health.get("nonfinite", 0.0)
-    checks = [
-        Check(
-            "few zero gradients", "pass" if zero <= 0.01 else "warn" if zero <= 0.1 else "fail",
-            f"{zero:.1%} of the input gradients were exactly zero; an attack cannot move where there is none",
-        ),
-        Check(
-            "finite gradients", "pass" if bad == 0 else "fail",
-            f"{bad:.1%} of the input gradients held NaN or infinite values",
-        ),
-    ]  # fmt: skip
-    if meta.get("stochastic"):
-        good = meta.get("eot", 1) >= 10 and meta.get("votes", 1) >= 3
-        detail = f"the model is random; gradients were averaged over {meta.get('eot', 1)} and decisions over {meta.get('votes', 1)} draws"
-        checks.append(
-            Check("randomness averaged out", "pass" if good else "fail", detail + " (needed: eot >= 10, votes >= 3)")
-        )
-    return checks
+def _gradients(rows: Sequence[Row]) -> Check:
+    taken, zero = sum(row.gradients for row in rows), sum(row.zero_gradients for row in rows)
+    share = zero / taken if taken else 0.0
+    return Check(
+        "few zero gradients", "pass" if share <= 0.01 else "warn" if share <= 0.1 else "fail",
+        f"{share:.1%} of {taken} input gradients were exactly zero; an attack cannot move where there is none",
+    )  # fmt: skip
 
 
-def _clean(rows: Sequence[Row], meta: dict[str, Any]) -> list[Check]:
+def _randomness(meta: dict[str, Any]) -> list[Check]:
+    if not meta.get("stochastic"):
+        return []
+    eot, votes = meta.get("eot", 1), meta.get("votes", 1)
+    detail = f"the model is random; gradients were averaged over {eot} and decisions over {votes} draws"
+    status: Outcome = "pass" if eot >= 10 and votes >= 3 else "fail"
+    return [Check("randomness averaged out", status, detail + " (needed: eot >= 10, votes >= 3)")]
+
+
+def _clean(rows: Sequence[Row], meta: dict[str, Any]) -> Check:
     clean = {row.id: row.clean for row in rows if row.phase == "main"}
     share, chance = _share(clean), 1 / max(2, meta.get("classes", 2))
     status: Outcome = "pass" if share > 1.5 * chance else "warn"
-    return [
-        Check("clean accuracy above chance", status, f"{share:.1%} of {len(clean)} samples, chance is {chance:.1%}")
-    ]
+    return Check("clean accuracy above chance", status, f"{share:.1%} of {len(clean)} samples, chance is {chance:.1%}")

@@ -63,10 +63,19 @@ class Source:
         size = batch_size(self.pair[0]) if self.pair is not None else len(self.loader.dataset)
         return int(min(size, self.limit))
 
-    def batches(self, size: int) -> Iterator[tuple[Input, Tensor, Tensor]]:
-        """Yield ``(x, y, ids)``; pairs in batches of ``size``, loaders in their own."""
+    def check(self, domain: Domain) -> None:
+        """Check tensors at once; a loader's samples are checked batch by batch as they come.
+
+        Raises:
+            ValueError: on an empty test set, NaN, values outside the domain, or labels that do not fit.
+        """
         if len(self) == 0:
             raise ValueError("the test set is empty: nothing to attack")
+        if self.pair is not None:
+            check_samples(*self.pair, domain)
+
+    def batches(self, size: int) -> Iterator[tuple[Input, Tensor, Tensor]]:
+        """Yield ``(x, y, ids)``; pairs in batches of ``size``, loaders in their own."""
         start = 0
         for x, y in self._raw(size):
             keep = min(batch_size(x), len(self) - start)
@@ -116,12 +125,13 @@ def fingerprint_model(model: Any) -> str:
     return digest.hexdigest()[:12]
 
 
-def fingerprint_batch(x: Input, y: Tensor) -> str:
-    """Hash inputs and labels (12 hex digits)."""
-    digest = hashlib.sha256()
-    for part in [*tensors(x), y]:
-        digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
+def fingerprint_samples(x: Input, y: Tensor) -> list[str]:
+    """Hash input and label of every sample (8 hex digits each)."""
+    parts = [part.detach().cpu().contiguous() for part in [*tensors(x), y]]
+    blobs = [part.view(len(y), -1).view(torch.uint8).numpy() for part in parts]
+    return [
+        hashlib.blake2b(b"".join(blob[k].tobytes() for blob in blobs), digest_size=4).hexdigest() for k in range(len(y))
+    ]
 
 
 def to_device(x: Input, device: torch.device) -> Input:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import platform
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sg_lightning._version import __version__
 from sg_lightning.attacks import Attack, Oracle, RandomNoise, Suite, verify
 from sg_lightning.attacks.base import check_batch
+from sg_lightning.evaluation.data import fingerprint_model, fingerprint_samples
+from sg_lightning.evaluation.result import RobustnessResult
 from sg_lightning.evaluation.rows import Phase, Row, Status
 from sg_lightning.inputs import Input, detached, select
 from sg_lightning.sampling import SampleGenerator
@@ -29,15 +36,25 @@ class RobustnessRun:
         suite: What to run.
         seed: Seed of all random starts and controls.
         check_ids: Samples on which every attack runs, broken or not, for the honesty checks.
+        examples: Adversarial examples kept so far, of a run that goes on.
     """
 
-    def __init__(self, oracle: Oracle, suite: Suite, *, seed: int = 0, check_ids: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        oracle: Oracle,
+        suite: Suite,
+        *,
+        seed: int = 0,
+        check_ids: frozenset[int] = frozenset(),
+        examples: Sequence[dict[str, Any]] = (),
+    ) -> None:
         self.oracle = oracle
         self.suite = suite
         self.seed = seed
         self.check_ids = check_ids
-        self.examples: list[dict[str, Any]] = []
+        self.examples = list(examples)
         self._tag = f"{suite.name}-{suite.hash}"
+        self._started = time.perf_counter()
 
     @property
     def attacks_per_sample(self) -> int:
@@ -54,88 +71,77 @@ class RobustnessRun:
         check_batch(x, y)
         with self.oracle.attacking():
             x, y = detached(x), y.clone()
-            noise = SampleGenerator.from_ids(self.seed, list(ids))
             clean = self.oracle.correct(x, y)
-            rows = [self._row(i, y[k], clean[k], "main", "", "", CLEAN) for k, i in enumerate(ids)]
-            rows += self._cascade(x, y, ids, noise, clean)
-            chosen = torch.tensor([k for k, i in enumerate(ids) if i in self.check_ids], dtype=torch.int64)
-            if len(chosen):
-                rows += self._checks(
-                    select(x, chosen), y[chosen], [ids[k] for k in chosen], noise.select(chosen), clean[chosen]
+            rows = [
+                Row(
+                    id=int(i), label=int(y[k]), clean=bool(clean[k]), phase="main", norm="", eps="", attack=CLEAN,
+                    status="skipped", size=0.0, queries=self.oracle.votes, iterations=0, gradients=0, zero_gradients=0,
+                    suite=self._tag, data=data,
                 )
-        return rows
+                for k, (i, data) in enumerate(zip(ids, fingerprint_samples(x, y), strict=True))
+            ]  # fmt: skip
+            batch = _Batch(x, y, clean, SampleGenerator.from_ids(self.seed, list(ids)), rows)
+            checked = torch.tensor([k for k, i in enumerate(ids) if i in self.check_ids], dtype=torch.int64)
+            return [*rows, *self._cascade(batch), *(self._checks(batch.select(checked)) if len(checked) else ())]
 
-    def _cascade(self, x: Input, y: Tensor, ids: Sequence[int], noise: SampleGenerator, clean: Tensor) -> list[Row]:
+    def _cascade(self, batch: _Batch) -> list[Row]:
         rows: list[Row] = []
         standing: dict[str, Tensor] = {}
         for entry in self.suite.entries:
-            norm = entry.threat.norm
-            alive = standing.setdefault(norm, clean.clone())
+            alive = standing.setdefault(entry.threat.norm, batch.clean.clone())
             for attack in entry.attacks:
-                broken, new = self._attack(attack, x, y, ids, noise, clean, alive, "main")
-                alive &= ~broken
+                fell, new = self._attack(attack, batch, alive, "main")
+                alive &= ~fell
                 rows += new
             if self.suite.control:
-                rows += self._attack(RandomNoise(entry.threat), x, y, ids, noise, clean, clean, "main")[1]
+                rows += self._attack(RandomNoise(entry.threat), batch, batch.clean, "main")[1]
         return rows
 
-    def _checks(self, x: Input, y: Tensor, ids: Sequence[int], noise: SampleGenerator, clean: Tensor) -> list[Row]:
+    def _checks(self, batch: _Batch) -> list[Row]:
         rows: list[Row] = []
         for entry in self.suite.entries:
             if entry.headline:
-                for attack in [*entry.attacks, RandomNoise(entry.threat)]:
-                    rows += self._attack(attack, x, y, ids, noise, clean, clean, "check")[1]
-                huge = overwhelming(entry.threat, x)
+                attacks = [*entry.attacks, RandomNoise(entry.threat)]
+                huge = overwhelming(entry.threat, batch.x)
                 if huge is not None:
-                    rows += self._attack(entry.attacks[-1].with_threat(huge), x, y, ids, noise, clean, clean, "check")[
-                        1
-                    ]
+                    attacks.append(entry.attacks[-1].with_threat(huge))
+                for attack in attacks:
+                    rows += self._attack(attack, batch, batch.clean, "check")[1]
         return rows
 
-    def _attack(
-        self, attack: Attack, x: Input, y: Tensor, ids: Sequence[int], noise: SampleGenerator,
-        clean: Tensor, alive: Tensor, phase: Phase,
-    ) -> tuple[Tensor, list[Row]]:  # fmt: skip
+    def _attack(self, attack: Attack, batch: _Batch, alive: Tensor, phase: Phase) -> tuple[Tensor, list[Row]]:
         """Attack the samples that stand; return who fell (broken or invalid) and one row for everybody."""
         threat = attack.threat
+        told = {"phase": phase, "norm": threat.norm, "eps": str(threat.eps), "attack": attack.name}
+        rows = [replace(row, queries=0, **told) for row in batch.rows]  # type: ignore[arg-type]
         fell = torch.zeros_like(alive)
-        status: list[Status] = ["skipped"] * len(ids)
-        size, queries, iterations = [0.0] * len(ids), [0] * len(ids), [0] * len(ids)
         index = alive.nonzero().squeeze(1)
-        if len(index):
-            part, labels = select(x, index), y[index]
-            stream = noise.select(index).fork(threat.norm, str(threat.eps), attack.name)
-            found = attack.run(self.oracle, part, labels, generator=stream)
-            verdict = verify(self.oracle, threat, part, found.x_adv, labels)
-            broken = verdict.counts & ~found.invalid
-            # An example outside its threat is a fault of the attack: it never counts as success, nor as robustness.
-            invalid = found.invalid | ~verdict.inside
-            fell[index] = broken | invalid
-            sizes = threat.size(found.x_adv, part)
-            for k, position in enumerate(index.tolist()):
-                status[position] = "invalid" if invalid[k] else "broken" if broken[k] else "survived"
-                size[position] = float(f"{float(sizes[k]):.9g}")  # the last digits depend on the batch shape
-                queries[position], iterations[position] = int(found.queries[k]), int(found.iterations[k])
-            if phase == "main" and attack.kind != "random":
-                self._keep_examples(threat, part, found.x_adv, labels, [ids[k] for k in index], broken, sizes)
-        rows = [
-            self._row(i, y[k], clean[k], phase, threat.norm, str(threat.eps), attack.name, status[k], size[k], queries[k], iterations[k])
-            for k, i in enumerate(ids)
-        ]  # fmt: skip
+        if len(index) == 0:
+            return fell, rows
+        part = batch.select(index)
+        stream = part.noise.fork(threat.norm, str(threat.eps), attack.name)
+        found = attack.run(self.oracle, part.x, part.y, generator=stream)
+        verdict = verify(self.oracle, threat, part.x, found.x_adv, part.y)
+        broken = verdict.counts & ~found.invalid
+        # An example outside its threat is a fault of the attack: it never counts as success, nor as robustness.
+        invalid = found.invalid | ~verdict.inside
+        fell[index] = broken | invalid
+        sizes = threat.size(found.x_adv, part.x)
+        for k, position in enumerate(index.tolist()):
+            status: Status = "invalid" if invalid[k] else "broken" if broken[k] else "survived"
+            rows[position] = replace(
+                rows[position], status=status,
+                size=float(f"{float(sizes[k]):.9g}"),  # the last digits depend on the batch shape
+                queries=int(found.queries[k]), iterations=int(found.iterations[k]),
+                gradients=int(found.gradients[k]), zero_gradients=int(found.zero_gradients[k]),
+            )  # fmt: skip
+        if phase == "main" and attack.kind != "random":
+            self._keep_examples(threat, part, found.x_adv, broken, sizes)
         return fell, rows
 
-    def _row(
-        self, i: int, label: Tensor, clean: Tensor, phase: Phase, norm: str, eps: str, attack: str,
-        status: Status = "skipped", size: float = 0.0, queries: int = 0, iterations: int = 0,
-    ) -> Row:  # fmt: skip
-        return Row(
-            int(i), int(label), bool(clean), phase, norm, eps, attack, status, size, queries, iterations, self._tag
-        )
-
-    def _keep_examples(
-        self, threat: Threat, x: Input, x_adv: Input, y: Tensor, ids: Sequence[int], broken: Tensor, sizes: Tensor
-    ) -> None:
+    def _keep_examples(self, threat: Threat, batch: _Batch, x_adv: Input, broken: Tensor, sizes: Tensor) -> None:
         headline = any(entry.headline and entry.threat == threat for entry in self.suite.entries)
+        x, y = batch.x, batch.y
         if not headline or not isinstance(x, Tensor) or not isinstance(x_adv, Tensor):
             return
         held = sum(example["norm"] == threat.norm for example in self.examples)
@@ -145,6 +151,34 @@ class RobustnessRun:
                 "norm": threat.norm, "eps": str(threat.eps), "clean": x[k].cpu(), "adversarial": x_adv[k].cpu(),
                 "label": int(y[k]), "predicted": predicted, "size": float(sizes[k]),
             })  # fmt: skip
+
+    def result(self, rows: Sequence[Row], **meta: Any) -> RobustnessResult:
+        """Put rows together with what is known of the run; ``meta`` adds to it."""
+        oracle = self.oracle
+        known = {
+            "seed": self.seed, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - self._started, 1), "model": type(oracle.model).__name__,
+            "weights": fingerprint_model(oracle.model), "classes": oracle.classes, "estimator": str(oracle.estimator),
+            "eot": oracle.eot, "votes": oracle.votes, "stochastic": oracle.stochastic,
+            "counts": {"forwards": oracle.counts.forwards, "backwards": oracle.counts.backwards},
+            "versions": {"sg_lightning": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        }  # fmt: skip
+        return RobustnessResult(sorted(rows, key=lambda row: row.id), self.suite, {**known, **meta}, self.examples)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Samples with their noise, whether they are right (B,), and the row that says so."""
+
+    x: Input
+    y: Tensor
+    clean: Tensor
+    noise: SampleGenerator
+    rows: list[Row]
+
+    def select(self, index: Tensor) -> _Batch:
+        rows = [self.rows[k] for k in index.tolist()]
+        return _Batch(select(self.x, index), self.y[index], self.clean[index], self.noise.select(index), rows)
 
 
 def overwhelming(threat: Threat, x: Input) -> Threat | None:

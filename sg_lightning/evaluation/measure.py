@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import platform
-import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sg_lightning._version import __version__
 from sg_lightning.attacks import BPTT, Oracle, Suite, load_suite
 from sg_lightning.domains import Domain
-from sg_lightning.evaluation.data import Source, check_samples, fingerprint_batch, fingerprint_model, to_device
+from sg_lightning.evaluation.data import Source, check_samples, fingerprint_model, fingerprint_samples, to_device
 from sg_lightning.evaluation.engine import RobustnessRun, spread_ids
 from sg_lightning.evaluation.result import RobustnessResult
 from sg_lightning.evaluation.rows import Row, RowStore
+from sg_lightning.inputs import Input, select
 from sg_lightning.threats import Budgets
 
 
@@ -50,7 +48,8 @@ def evaluate(
         domain: Legal values; by default that of the data module, else [0, 1].
         max_samples: Only the first so many samples.
         batch_size: Samples attacked together (loaders keep their own). Does not change the result.
-        out: Folder for rows as they are made; an interrupted run goes on from there.
+        out: Folder for rows as they are made, and for the whole result at the end (``RobustnessResult.load(out)``);
+            an interrupted run goes on from there.
         seed: Seed of random starts and controls.
         estimator: Gradient estimator of the attacks for spiking neurons; ``None``: the training surrogate.
         eot: Gradients averaged per step, for stochastic models.
@@ -59,7 +58,7 @@ def evaluate(
         progress: Show a progress bar on stderr.
 
     Returns:
-        The result; its rows are also in ``out`` if that is given.
+        The result; also in ``out`` if that is given.
 
     Raises:
         ValueError: on bad data, labels, budgets, an unknown suite, or an ``out`` that holds another run.
@@ -71,55 +70,66 @@ def evaluate(
         )
     source = Source(data, max_samples)
     domain = domain or source.domain or Domain()
+    source.check(domain)
     resolved = load_suite(suite, budgets or source.budgets or {}, domain)
     oracle = Oracle(model, estimator=estimator, eot=eot, votes=votes)
-    weights = fingerprint_model(model)
-    first = next(iter(source.batches(batch_size)))
+    device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
+    batches = source.batches(batch_size)
+    first = next(batches)
     check_samples(first[0], first[1], domain)
-    fingerprint = {
-        "weights": weights, "data": f"{len(source)} samples, first {fingerprint_batch(first[0][:1] if isinstance(first[0], torch.Tensor) else first[0], first[1][:1])}",
-        "suite": f"{resolved.name}-{resolved.hash}", "seed": seed, "estimator": str(estimator), "eot": eot, "votes": votes,
-        "checks": check_samples_count,
-    }  # fmt: skip
-    store = RowStore(out, fingerprint) if out is not None else None
-    run = RobustnessRun(oracle, resolved, seed=seed, check_ids=spread_ids(len(source), check_samples_count))
+    _ask_one(oracle, first[0], device)
+    store = None
+    if out is not None:
+        fingerprint = {
+            "weights": fingerprint_model(model), "samples": len(source), "suite": f"{resolved.name}-{resolved.hash}",
+            "seed": seed, "estimator": str(estimator), "eot": eot, "votes": votes, "checks": check_samples_count,
+        }  # fmt: skip
+        store = RowStore(out, fingerprint)
+    run = RobustnessRun(
+        oracle, resolved, seed=seed, check_ids=spread_ids(len(source), check_samples_count),
+        examples=store.examples() if store is not None else (),
+    )  # fmt: skip
     rows = _finished(store.read(), run) if store is not None else []
-    done = {row.id for row in rows}
-    device = next((p.device for p in model.parameters()), torch.device("cpu")) if isinstance(model, nn.Module) else None
-    classes = int(_logits_of_one(oracle, first, device).shape[1])
-    started = time.perf_counter()
+    done = {row.id: row.data for row in rows}
     with tqdm(
         total=len(source), initial=len(done), desc=f"attacks ({resolved.name})", unit="sample", disable=not progress
     ) as bar:
-        for x, y, ids in source.batches(batch_size):
+        for x, y, ids in chain([first], batches):
             check_samples(x, y, domain)
+            _refuse_other_data(done, x, y, ids)
             todo = torch.tensor([k for k, i in enumerate(ids.tolist()) if i not in done], dtype=torch.int64)
             if len(todo) == 0:
                 continue
-            x, y = (x[todo] if isinstance(x, torch.Tensor) else {n: t[todo] for n, t in x.items()}), y[todo]
+            x, y = select(x, todo), y[todo]
             if device is not None:
                 x, y = to_device(x, device), y.to(device)
             new = run.batch(x, y, ids[todo].tolist())
             if store is not None:
-                store.append(new)
+                store.append(new, run.examples)
             rows += new
             bar.update(len(todo))
-    meta = {
-        "seed": seed, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - started, 1), "model": type(model).__name__, "fingerprint": weights,
-        "domain": str(domain), "estimator": str(estimator), "eot": eot, "votes": votes, "stochastic": oracle.stochastic,
-        "classes": classes, "resumed_samples": len(done),
-        "counts": {"forwards": oracle.counts.forwards, "backwards": oracle.counts.backwards},
-        "health": {"zero_gradients": oracle.health.share_zero, "nonfinite": oracle.health.share_nonfinite},
-        "versions": {"sg_lightning": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }  # fmt: skip
-    return RobustnessResult(sorted(rows, key=lambda row: row.id), resolved, meta, run.examples)
+    result = run.result(rows, domain=str(domain), resumed_samples=len(done))
+    if out is not None:
+        result.save(out)
+    return result
 
 
-def _logits_of_one(oracle: Oracle, batch: tuple[Any, ...], device: torch.device | None) -> torch.Tensor:
+def _ask_one(oracle: Oracle, x: Input, device: torch.device | None) -> None:
     """Ask for the logits of one sample: a model that cannot be attacked is refused before any work."""
-    x = batch[0][:1] if isinstance(batch[0], torch.Tensor) else {name: part[:1] for name, part in batch[0].items()}
-    return oracle.logits(x if device is None else to_device(x, device))
+    one = select(x, torch.arange(1))
+    oracle.logits(one if device is None else to_device(one, device))
+
+
+def _refuse_other_data(done: dict[int, str], x: Input, y: Tensor, ids: Tensor) -> None:
+    """Raise ``ValueError`` if a finished sample is not the one that was attacked."""
+    if not done:
+        return
+    for i, data in zip(ids.tolist(), fingerprint_samples(x, y.long()), strict=True):
+        if done.get(i, data) != data:
+            raise ValueError(
+                f"sample {i} is not the one whose rows are in out=: the data, their order or their preprocessing "
+                "changed; choose another out= or delete it"
+            )
 
 
 def _finished(rows: list[Row], run: RobustnessRun) -> list[Row]:

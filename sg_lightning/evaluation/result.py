@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,32 +16,51 @@ from numpy.typing import NDArray
 
 from sg_lightning.attacks import Suite
 from sg_lightning.evaluation.checks import Check, run_checks
-from sg_lightning.evaluation.rows import Row, read_rows, to_csv, write_atomically
-from sg_lightning.evaluation.statistics import paired_difference, wilson
+from sg_lightning.evaluation.rows import EXAMPLES, Row, read_rows, to_csv, write_atomically, write_examples
+from sg_lightning.evaluation.statistics import Share, paired_difference, wilson
 from sg_lightning.threats import parse_eps
 
 Mask = NDArray[np.bool_]
 
 
-class SuiteRecord:
-    """The suite of a result as plain data: name, hash and entries with ``threat``, ``attacks``, ``headline``."""
+@dataclass(frozen=True)
+class Measurement:
+    """What was tried under one norm and budget: the settings of each attack, cheap to dear."""
 
-    def __init__(self, name: str, digest: str, content: dict[str, Any]) -> None:
-        self.name = name
-        self.hash = digest
-        self.content = content
-        self.entries = [_entry(item) for item in content["entries"]]
+    norm: str
+    eps: str
+    attacks: tuple[dict[str, Any], ...]
+    headline: bool
+
+
+@dataclass(frozen=True)
+class SuiteRecord:
+    """The suite of a result as plain data.
+
+    Attributes:
+        name: Name or file stem.
+        hash: First 12 hex digits of the SHA-256 of its content.
+        content: As :meth:`~sg_lightning.attacks.Suite.describe` gives it.
+    """
+
+    name: str
+    hash: str
+    content: dict[str, Any]
 
     @classmethod
     def of(cls, suite: Suite) -> SuiteRecord:
         """Record a resolved suite."""
         return cls(suite.name, suite.hash, suite.describe())
 
-
-def _entry(item: dict[str, Any]) -> SimpleNamespace:
-    threat = SimpleNamespace(norm=item["threat"]["norm"], eps=item["threat"].get("eps", "1"))
-    attacks = [SimpleNamespace(describe=lambda settings=settings: settings) for settings in item["attacks"]]
-    return SimpleNamespace(threat=threat, attacks=attacks, headline=item["headline"])
+    @cached_property
+    def entries(self) -> tuple[Measurement, ...]:
+        """One entry per norm and budget, in the order of the suite."""
+        return tuple(
+            Measurement(
+                item["threat"]["norm"], str(item["threat"].get("eps", "1")), tuple(item["attacks"]), item["headline"]
+            )
+            for item in self.content["entries"]
+        )
 
 
 class RobustnessResult:
@@ -49,7 +69,7 @@ class RobustnessResult:
     Args:
         rows: One per sample and attack.
         suite: What was run.
-        meta: Seed, date, seconds, versions, counts, health, fingerprints.
+        meta: Seed, date, seconds, versions, counts, what else is known of the run.
         examples: A few adversarial examples: norm, eps, clean, adversarial, label, predicted, size.
     """
 
@@ -70,6 +90,7 @@ class RobustnessResult:
         self.ids: NDArray[np.int64] = np.array(sorted(clean))
         self.clean_correct: Mask = np.array([clean[i] for i in self.ids.tolist()], dtype=bool)
         self._position = {i: k for k, i in enumerate(self.ids.tolist())}
+        self._data = {row.id: row.data for row in self.rows}
         self._fell: dict[tuple[str, float, bool], Mask] = {}
         for row in self.rows:
             if row.phase == "main" and row.norm:
@@ -77,7 +98,7 @@ class RobustnessResult:
                 fell = self._fell.setdefault(key, np.zeros(len(self.ids), dtype=bool))
                 fell[self._position[row.id]] |= row.status in ("broken", "invalid")
         order = [
-            (entry.threat.norm, entry.threat.eps, _name(attack.describe()))
+            (entry.norm, entry.eps, _name(attack))
             for entry in self.suite.entries
             if entry.headline
             for attack in entry.attacks
@@ -89,17 +110,17 @@ class RobustnessResult:
     @property
     def norms(self) -> list[str]:
         """The norms, in the order of the suite."""
-        return list(dict.fromkeys(entry.threat.norm for entry in self.suite.entries))
+        return list(dict.fromkeys(entry.norm for entry in self.suite.entries))
 
     def budgets(self, norm: str) -> tuple[str, ...]:
         """Return the budgets of a norm as written, ascending."""
         self._require(norm)
-        return tuple(str(entry.threat.eps) for entry in self.suite.entries if entry.threat.norm == norm)
+        return tuple(entry.eps for entry in self.suite.entries if entry.norm == norm)
 
     def headline(self, norm: str) -> str:
         """Return the headline budget of a norm as written."""
         self._require(norm)
-        return next(str(e.threat.eps) for e in self.suite.entries if e.threat.norm == norm and e.headline)
+        return next(e.eps for e in self.suite.entries if e.norm == norm and e.headline)
 
     def _require(self, norm: str) -> None:
         if norm not in self.norms:
@@ -157,26 +178,31 @@ class RobustnessResult:
         start = (0.0, self.clean, *wilson(int(self.clean_correct.sum()), len(self.ids)))
         return [start, *((parse_eps(e), self.accuracy(norm, e), *self.interval(norm, e)) for e in self.budgets(norm))]
 
-    def difference(
-        self, other: RobustnessResult, norm: str | None = None, eps: float | str | None = None
-    ) -> tuple[float, float, float]:
-        """Return accuracy minus the other's with the paired-bootstrap 95 % interval; ``norm=None``: the union.
+    def difference(self, other: RobustnessResult, norm: str | None = None, eps: float | str | None = None) -> Share:
+        """Return accuracy minus the other's, with the 95 % interval of paired samples; ``norm=None``: the union.
 
         Raises:
             ValueError: if the two were not measured on the same samples.
         """
-        if not np.array_equal(self.ids, other.ids):
-            raise ValueError(f"a paired difference needs the same samples; {len(self.ids)} and {len(other.ids)} differ")
+        if not self.same_samples(other):
+            raise ValueError(
+                f"a paired difference needs the same samples, but the {len(self.ids)} here and the {len(other.ids)} there "
+                "are not: evaluate both on the same data"
+            )
         if norm is None:
-            return paired_difference(self.union_robust(), other.union_robust())
-        return paired_difference(self.robust(norm, eps), other.robust(norm, eps))
+            return paired_difference(other.union_robust(), self.union_robust())
+        return paired_difference(other.robust(norm, eps), self.robust(norm, eps))
+
+    def same_samples(self, other: RobustnessResult) -> bool:
+        """Tell whether both are about the same samples: ids, inputs and labels."""
+        return self._data == other._data
 
     def metrics(self) -> dict[str, float]:
         """Return every figure under a stable name, e.g. ``robust/linf_8_255/acc``, for loggers."""
         found = {"robust/clean/acc": self.clean, "robust/union/acc": self.union()}
         found["robust/min/acc"] = min(self.accuracy(norm) for norm in self.norms)
         for entry in self.suite.entries:
-            norm, eps = entry.threat.norm, str(entry.threat.eps)
+            norm, eps = entry.norm, entry.eps
             key = f"robust/{norm}_{''.join(c if c.isalnum() or c in '-_' else '_' for c in eps.replace('.', 'p'))}"
             found[f"{key}/acc"] = self.accuracy(norm, eps)
             control = self.random_accuracy(norm, eps)
@@ -219,9 +245,7 @@ class RobustnessResult:
         write_atomically(
             folder / "rows.csv", "\n".join([names, *(",".join(cells) for cells in to_csv(self.rows))]) + "\n"
         )
-        temporary = folder / "examples.pt.tmp"
-        torch.save(self.examples, temporary)
-        temporary.replace(folder / "examples.pt")
+        write_examples(folder / EXAMPLES, self.examples)
         suite = {"name": self.suite.name, "hash": self.suite.hash, "content": self.suite.content}
         write_atomically(folder / "result.json", json.dumps({"suite": suite, "meta": self.meta}, indent=1))
         return folder
@@ -238,7 +262,7 @@ class RobustnessResult:
             raise ValueError(f"{folder} holds no saved result (result.json is missing)")
         content = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         suite = content["suite"]
-        examples = torch.load(folder / "examples.pt", weights_only=True) if (folder / "examples.pt").exists() else []
+        examples = torch.load(folder / EXAMPLES, weights_only=True) if (folder / EXAMPLES).exists() else []
         record = SuiteRecord(suite["name"], suite["hash"], suite["content"])
         return cls(read_rows(folder / "rows.csv"), record, content["meta"], examples)
 

@@ -10,6 +10,8 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 Status = Literal["broken", "survived", "skipped", "invalid"]
 Phase = Literal["main", "check"]
 
@@ -30,7 +32,10 @@ class Row:
         size: Size of the perturbation in the norm.
         queries: Forward passes spent.
         iterations: Gradient steps until the first success.
+        gradients: Input gradients taken.
+        zero_gradients: How many of them were zero everywhere.
         suite: Name and content hash of the suite.
+        data: Hash of input and label, so that results about other data are never resumed or compared.
     """
 
     id: int
@@ -44,9 +49,13 @@ class Row:
     size: float
     queries: int
     iterations: int
+    gradients: int
+    zero_gradients: int
     suite: str
+    data: str
 
 
+EXAMPLES = "examples.pt"
 _NAMES = [f.name for f in fields(Row)]
 
 
@@ -68,10 +77,10 @@ def to_csv(rows: Iterable[Row]) -> list[list[str]]:
 
 def from_csv(cells: Sequence[str]) -> Row:
     """Read a row back."""
-    i, label, clean, phase, norm, eps, attack, status, size, queries, iterations, suite = cells
+    i, label, clean, phase, norm, eps, attack, status, size, queries, iterations, gradients, zero, suite, data = cells
     return Row(
         int(i), int(label), clean == "1", phase, norm, eps, attack, status,  # type: ignore[arg-type]
-        float(size), int(queries), int(iterations), suite,
+        float(size), int(queries), int(iterations), int(gradients), int(zero), suite, data,
     )  # fmt: skip
 
 
@@ -90,6 +99,7 @@ class RowStore:
     def __init__(self, folder: str | Path, fingerprint: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self.path = self.folder / "rows.csv"
+        self._examples = 0
         manifest = self.folder / "manifest.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -113,12 +123,27 @@ class RowStore:
         """Read every row."""
         return read_rows(self.path)
 
-    def append(self, rows: Sequence[Row]) -> None:
-        """Add the rows of a batch and make sure they are on disk."""
+    def examples(self) -> list[dict[str, Any]]:
+        """Read the adversarial examples kept so far."""
+        path = self.folder / EXAMPLES
+        return torch.load(path, weights_only=True) if path.exists() else []
+
+    def append(self, rows: Sequence[Row], examples: Sequence[dict[str, Any]] = ()) -> None:
+        """Add the rows of a batch, and all examples kept so far, and make sure they are on disk."""
         with self.path.open("a", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(to_csv(rows))
             file.flush()
             os.fsync(file.fileno())
+        if len(examples) > self._examples:
+            write_examples(self.folder / EXAMPLES, examples)
+            self._examples = len(examples)
+
+
+def write_examples(path: Path, examples: Sequence[dict[str, Any]]) -> None:
+    """Write adversarial examples, atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(list(examples), temporary)
+    temporary.replace(path)
 
 
 def read_rows(path: Path) -> list[Row]:

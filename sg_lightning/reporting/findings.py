@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sg_lightning.evaluation import RobustnessResult
+from sg_lightning.evaluation import RobustnessResult, Share
 from sg_lightning.reporting import summary
 from sg_lightning.reporting.style import norm_label, percent, points
-from sg_lightning.reporting.summary import Results, Share
+from sg_lightning.reporting.summary import Results
 from sg_lightning.reporting.training import GradientMetrics, measured
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from string import Template
 from typing import Any
 
 from sg_lightning._version import __version__
-from sg_lightning.evaluation import RobustnessResult
+from sg_lightning.evaluation import RobustnessResult, Share
 from sg_lightning.reporting import provenance, summary
 from sg_lightning.reporting.findings import Finding
 from sg_lightning.reporting.style import DPI, norm_label, percent, points
@@ -142,7 +142,7 @@ def _gap(result: RobustnessResult, column: Column) -> str:
 
 def _numbers(
     columns: Sequence[Column],
-    rows: Mapping[str, Sequence[summary.Share | None]],
+    rows: Mapping[str, Sequence[Share | None]],
     marks: Mapping[tuple[str, str], str],
     notes: Mapping[str, Sequence[str]] | None = None,
 ) -> str:

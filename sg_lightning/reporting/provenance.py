@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from sg_lightning.evaluation import SuiteRecord
 from sg_lightning.reporting import summary
 from sg_lightning.reporting.style import norm_label
 from sg_lightning.reporting.summary import Results
@@ -42,7 +41,7 @@ def in_words(results: Results, settings: Mapping[str, Any]) -> list[str]:
     for norm in summary.norms(results):
         eps = next(list(summary.budgets(r, norm).values()) for r in results.values() if norm in r.norms)
         threats.append(f"{norm_label(norm)} (ε\u00a0=\u00a0{', '.join(eps)})")
-    described = [a.describe() for r in results.values() for entry in r.suite.entries for a in entry.attacks]
+    described = [attack for r in results.values() for entry in r.suite.entries for attack in entry.attacks]
     attacks = list(dict.fromkeys(_attack_in_words(description) for description in described))
     random = any(result.suite.content.get("control") for result in results.values())
     return [
@@ -84,7 +83,7 @@ def alerts(results: Results) -> list[str]:
                 f"{name} was attacked with suite {result.suite.name} ({result.suite.hash}), {first_name} with "
                 f"{first.suite.name} ({first.suite.hash}): their figures are not comparable."
             )
-        if not np.array_equal(result.ids, first.ids):
+        if not result.same_samples(first):
             found.append(
                 f"{name} was measured on other samples than {first_name}: differences are not paired, their intervals "
                 "are wide."
@@ -111,13 +110,13 @@ def run_details(results: Results) -> list[tuple[str, dict[str, Any]]]:
     return [*groups, ("Evaluation", evaluation)]
 
 
-def _attacks(suite: Any) -> dict[str, str]:
+def _attacks(suite: SuiteRecord) -> dict[str, str]:
     """List what tried to break a sample, per norm, with the budgets at which the same list was used."""
     lists: dict[tuple[str, str], list[str]] = {}
     for entry in suite.entries:
-        attacks = "; ".join(_attack(attack.describe()) for attack in entry.attacks)
-        eps = f"{entry.threat.eps} (headline)" if entry.headline else str(entry.threat.eps)
-        lists.setdefault((norm_label(entry.threat.norm), attacks), []).append(eps)
+        attacks = "; ".join(_attack(attack) for attack in entry.attacks)
+        eps = f"{entry.eps} (headline)" if entry.headline else entry.eps
+        lists.setdefault((norm_label(entry.norm), attacks), []).append(eps)
     return {f"{norm}, ε = {', '.join(eps)}": attacks for (norm, attacks), eps in lists.items()}
 
 

@@ -5,26 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
-from sg_lightning.evaluation import RobustnessResult, wilson
-from sg_lightning.evaluation.statistics import Z
+from sg_lightning.evaluation import RobustnessResult
+from sg_lightning.evaluation.statistics import Share, independent_difference, paired_difference, share_of
 from sg_lightning.inputs import Input
 from sg_lightning.reporting.style import norm_label
 from sg_lightning.threats.base import parse_eps
 
 Results: TypeAlias = Mapping[str, RobustnessResult]
 SEVERITY = {"pass": 0, "warn": 1, "fail": 2}
-
-
-class Share(NamedTuple):
-    """A share, or a difference of two, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -106,11 +98,6 @@ def columns(results: Results) -> list[Column]:
 # --- shares and differences -------------------------------------------------------------------------------------------
 
 
-def share_of(right_ones: int, total: int) -> Share:
-    """Return a share with its Wilson interval."""
-    return Share(right_ones / total, *wilson(right_ones, total))
-
-
 def right(result: RobustnessResult, key: str) -> np.ndarray | None:
     """Tell per sample, bool (N,), whether it is right in a column; ``None`` if the norm was not attacked."""
     if key == "clean":
@@ -151,40 +138,13 @@ def difference(old: RobustnessResult, new: RobustnessResult, key: str) -> Share 
     """Return how much higher a column is in ``new`` than in ``old``, with its 95 % interval.
 
     Paired over the samples if both saw the same ones, else as two independent shares. ``None`` where one lacks it.
-
-    Source:
-        Paired: Agresti and Min, "Simple improved confidence intervals for comparing matched proportions", 2005
-        (half a sample added to each of the four cells). Independent: Newcombe, "Interval estimation for the difference
-        between independent proportions", 1998, method 10, from the two Wilson intervals.
     """
     before, after = right(old, key), right(new, key)
     if before is None or after is None:
         return None
-    if paired(old, new):
+    if old.same_samples(new):
         return paired_difference(before, after)
-    return independent_difference(int(before.sum()), len(before), int(after.sum()), len(after))
-
-
-def paired(old: RobustnessResult, new: RobustnessResult) -> bool:
-    """Tell whether both results are about the same samples."""
-    return np.array_equal(old.ids, new.ids)
-
-
-def independent_difference(right_before: int, before: int, right_after: int, after: int) -> Share:
-    """Return the difference of two independent shares with Newcombe's interval; see :func:`difference`."""
-    a, b = share_of(right_before, before), share_of(right_after, after)
-    value = b.value - a.value
-    low = value - math.hypot(b.value - b.low, a.high - a.value)
-    return Share(value, low, value + math.hypot(b.high - b.value, a.value - a.low))
-
-
-def paired_difference(before: np.ndarray, after: np.ndarray) -> Share:
-    """Return the difference of two matched shares with Agresti and Min's interval; see :func:`difference`."""
-    gained, lost, total = int((after & ~before).sum()), int((before & ~after).sum()), len(before)
-    centre = (gained - lost) / (total + 2)
-    half = Z * math.sqrt(max(0.0, gained + lost + 1 - (gained - lost) ** 2 / (total + 2))) / (total + 2)
-    value = (gained - lost) / total
-    return Share(value, max(-1.0, min(value, centre - half)), min(1.0, max(value, centre + half)))
+    return independent_difference(*(share_of(int(mask.sum()), len(mask)) for mask in (before, after)))
 
 
 # --- trust ------------------------------------------------------------------------------------------------------------
