@@ -58,7 +58,7 @@ class History(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy what was logged."""
-        for name in ("train/loss", "train/acc", "val/acc"):
+        for name in ("train/loss", "val/loss", "train/acc", "val/acc"):
             if name in trainer.callback_metrics:
                 self.values.setdefault(name, []).append(float(trainer.callback_metrics[name]))
 

@@ -71,7 +71,8 @@ def evaluate(
     source = Source(data, max_samples)
     domain = domain or source.domain or Domain()
     source.check(domain)
-    resolved = load_suite(suite, budgets or source.budgets or {}, domain)
+    budgets = budgets or source.budgets or {}
+    resolved = load_suite(suite, budgets, domain)
     oracle = Oracle(model, estimator=estimator, eot=eot, votes=votes)
     device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
     batches = source.batches(batch_size)
@@ -108,7 +109,10 @@ def evaluate(
                 store.append(new, run.examples)
             rows += new
             bar.update(len(todo))
-    result = run.result(rows, domain=str(domain), resumed_samples=len(done))
+    reasons = {norm: budgets[norm].reason for norm in resolved.norms if norm in budgets and budgets[norm].reason}
+    result = run.result(
+        rows, domain=str(domain), resumed_samples=len(done), **({"headline budgets": reasons} if reasons else {})
+    )
     if out is not None:
         result.save(out)
     return result

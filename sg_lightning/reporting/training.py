@@ -141,15 +141,15 @@ def training_curves(histories: Histories) -> Figure:
     down = -(-len(quantities) // across)
     figure = style.new_figure(max(4.4 * across, 6.5), 3.1 * down + 0.5)
     look = style.looks(histories)
-    dashed = False
+    splits: set[bool] = set()
     ticker = require("matplotlib.ticker", "report", "drawing a report")
     for i, (quantity, names) in enumerate(quantities.items()):
         axes = figure.add_subplot(down, across, i + 1)
         style.dress(axes, quantity, "epoch", quantity)
         for method, history in histories.items():
             for logged in names:
-                training = logged.startswith("train") and len(names) > 1
-                dashed |= training
+                training = logged.startswith("train")
+                splits.add(training)
                 logs = np.asarray(history.get(logged, ()), dtype=float)
                 seen = np.isfinite(logs)
                 axes.plot(
@@ -160,8 +160,9 @@ def training_curves(histories: Histories) -> Figure:
         axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=7, integer=True))
     line = require("matplotlib.lines", "report", "drawing a report").Line2D
     handles: list[Any] = [line([], [], color=look[m].colour, linewidth=2, label=style.plain(m)) for m in histories]
-    if dashed:
+    if False in splits:
         handles.append(line([], [], color="#9aa4b0", linestyle="-", linewidth=2, label="validation"))
+    if True in splits:
         handles.append(line([], [], color="#9aa4b0", linestyle=(0, (4, 2)), linewidth=1.2, label="training"))
     style.legend(figure, handles)
     return figure
