@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 from torch.utils.data import DistributedSampler, SequentialSampler
 
 from sg_lightning.attacks import BPTT, Oracle, Suite, load_suite
+from sg_lightning.callbacks.loggers import log_result
 from sg_lightning.domains import Domain
-from sg_lightning.evaluation import RobustnessResult, RobustnessRun, Row
+from sg_lightning.evaluation import RobustnessResult
 from sg_lightning.evaluation.data import check_samples
-from sg_lightning.evaluation.engine import spread_ids
-from sg_lightning.inputs import batch_size
+from sg_lightning.evaluation.session import Session
+from sg_lightning.inputs import batch_size, select
 from sg_lightning.threats import Budgets
 
 
@@ -42,7 +41,8 @@ class RobustnessEvaluation(Callback):
         estimator: Gradient estimator of the attacks; ``None``: the training surrogate.
         eot: Gradients averaged per step, for stochastic models.
         votes: Forward passes whose majority decides, for stochastic models.
-        out: Folder for the result of every epoch and stage; ``None``: nothing is written.
+        out: Folder for the result, ``None``: nothing is written. In ``validate`` and ``test`` rows are written as they
+            are made and an interrupted run goes on from there; ``fit`` writes one folder per attacked epoch.
 
     Raises:
         ValueError: on numbers out of range; at the start of a stage on missing budgets, an unknown suite or a shuffled
@@ -82,9 +82,9 @@ class RobustnessEvaluation(Callback):
         self.votes = votes
         self.out = None if out is None else Path(out)
         self.result: RobustnessResult | None = None
-        self._run: RobustnessRun | None = None
-        self._rows: list[Row] = []
+        self._session: Session | None = None
         self._next = 0
+        self._samples = 0
         self._legal = Domain()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -97,10 +97,9 @@ class RobustnessEvaluation(Callback):
         return load_suite(self.suite, self.budgets or getattr(data, "budgets", None) or {}, self._legal)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:
-        self._run, self._rows, self._next = None, [], 0
-        due = trainer.state.stage != RunningStage.VALIDATING or trainer.state.fn != "fit" or (
-            (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        )  # fmt: skip
+        self._session, self._next = None, 0
+        fitting = trainer.state.fn == "fit"
+        due = not fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if trainer.sanity_checking or not due:
             return
         loader = loaders[0] if isinstance(loaders, list | tuple) else loaders
@@ -111,46 +110,64 @@ class RobustnessEvaluation(Callback):
                 f"{type(sampler).__name__}: build validation and test loaders with shuffle=False"
             )
         total = len(loader.dataset)
-        samples = total if self.max_samples is None else min(total, self.max_samples)
+        self._samples = total if self.max_samples is None else min(total, self.max_samples)
         oracle = Oracle(pl_module, estimator=self.estimator, eot=self.eot, votes=self.votes)
-        checks = spread_ids(samples, self.check_samples_count)
-        self._run = RobustnessRun(oracle, self._resolve(trainer), seed=self.seed, check_ids=checks)
+        self._session = Session(
+            oracle, self._resolve(trainer), samples=self._samples, seed=self.seed,
+            check_samples_count=self.check_samples_count,
+            # While training, each epoch is another network: nothing to go on with.
+            out=None if fitting else self._folder(trainer),
+        )  # fmt: skip
+
+    def _folder(self, trainer: Trainer) -> Path | None:
+        if self.out is None:
+            return None
+        return self.out / f"fit-epoch-{trainer.current_epoch}" if trainer.state.fn == "fit" else self.out
 
     def _attack(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
-        if self._run is None or dataloader_idx > 0:
+        if self._session is None or dataloader_idx > 0:
             return
         if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
             raise ValueError("RobustnessEvaluation needs batches (x, y): wrap the data set so that it gives pairs")
         x, y = batch
-        # Ranks of a DistributedSampler take every world_size-th sample.
-        ids = [(self._next + k) * trainer.world_size + trainer.global_rank for k in range(batch_size(x))]
+        # Ranks of a DistributedSampler take every world_size-th sample; ids beyond the data are its padding.
+        ids = (self._next + torch.arange(batch_size(x))) * trainer.world_size + trainer.global_rank
         self._next += len(ids)
-        limit = self.max_samples
-        keep = len(ids) if limit is None else sum(i < limit for i in ids)
-        if keep == 0:
+        keep = (ids < self._samples).nonzero().squeeze(1)
+        if len(keep) == 0:
             return
-        part = x[:keep] if isinstance(x, Tensor) else {name: value[:keep] for name, value in x.items()}
-        check_samples(part, y[:keep], self._legal)
+        x, y = select(x, keep.to(y.device)), y[keep.to(y.device)]
+        check_samples(x, y, self._legal)
         with trainer.strategy.precision_plugin.val_step_context():
-            self._rows += self._run.batch(part, y[:keep], ids[:keep])
+            self._session.batch(x, y, ids[keep])
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run, self._run = self._run, None
-        if run is None:
+        session, self._session = self._session, None
+        if session is None:
             return
-        rows = self._rows
-        if trainer.world_size > 1:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, rows)
-            # Padding repeats samples; a row is counted once by its key.
-            unique = {(row.id, row.phase, row.norm, row.eps, row.attack): row for part in gathered for row in part}
-            rows = [unique[key] for key in sorted(unique, key=lambda k: k[0])]
-        if not rows:
+        stage = trainer.state.fn.value if trainer.state.fn is not None else ""
+        result = session.finish(domain=str(self._legal), epoch=trainer.current_epoch, stage=stage)
+        if result is None:
             return
-        self.result = run.result(rows, domain=str(self._legal), epoch=trainer.current_epoch, stage=_stage(trainer))
-        pl_module.log_dict(self.result.metrics(), sync_dist=True)
-        if self.out is not None and trainer.is_global_zero:
-            self.result.save(self.out / f"{_stage(trainer)}-epoch-{trainer.current_epoch}")
+        self.result = result
+        pl_module.log_dict(result.metrics(), sync_dist=True)
+        if trainer.is_global_zero:
+            folder = self._folder(trainer)
+            if folder is not None and stage == "fit":
+                result.save(folder)
+            if stage != "fit":
+                self._show(trainer)
+
+    def _show(self, trainer: Trainer) -> None:
+        """Give the last result to every logger as a table and as curves."""
+        if self.result is None or not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            log_result(logger, self.result, trainer.global_step)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the last result of the training."""
+        self._show(trainer)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare the attacks."""
@@ -191,7 +208,3 @@ class RobustnessEvaluation(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the figures."""
         self._finish(trainer, pl_module)
-
-
-def _stage(trainer: Trainer) -> str:
-    return re.sub(r"\W", "_", str(trainer.state.fn.value if trainer.state.fn is not None else "run"))

@@ -126,6 +126,16 @@ class ImageData(LightningDataModule):
         self.augment = augment
         self._sets: tuple[ByteImages, ByteImages, ByteImages] | None = None
 
+    @property
+    def in_channels(self) -> int:
+        """Channels of an image, for the network."""
+        return self.input_shape[0]
+
+    @property
+    def input_size(self) -> int:
+        """Height and width of an image, for the network."""
+        return self.input_shape[-1]
+
     @abstractmethod
     def read(self) -> tuple[ByteImages, ByteImages]:
         """Return the training images (validation included) and the test images."""

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from sg_lightning.attacks import BPTT, Oracle, Suite, load_suite
 from sg_lightning.domains import Domain
-from sg_lightning.evaluation.data import Source, check_samples, fingerprint_model, fingerprint_samples, to_device
-from sg_lightning.evaluation.engine import RobustnessRun, spread_ids
+from sg_lightning.evaluation.data import Source, check_samples, to_device
 from sg_lightning.evaluation.result import RobustnessResult
-from sg_lightning.evaluation.rows import Row, RowStore
+from sg_lightning.evaluation.session import Session
 from sg_lightning.inputs import Input, select
 from sg_lightning.threats import Budgets
 
@@ -39,6 +38,9 @@ def evaluate(
     progress: bool = True,
 ) -> RobustnessResult:
     """Attack every test sample under every norm of a suite and report what is left.
+
+    In a process group (``torchrun``, a Lightning strategy) every process calls it with the same arguments, attacks its
+    share of the samples and gets the whole result.
 
     Args:
         model: Any function ``x -> logits (B, K)``; modules are left exactly as they are.
@@ -79,42 +81,27 @@ def evaluate(
     first = next(batches)
     check_samples(first[0], first[1], domain)
     _ask_one(oracle, first[0], device)
-    store = None
-    if out is not None:
-        fingerprint = {
-            "weights": fingerprint_model(model), "samples": len(source), "suite": f"{resolved.name}-{resolved.hash}",
-            "seed": seed, "estimator": str(estimator), "eot": eot, "votes": votes, "checks": check_samples_count,
-        }  # fmt: skip
-        store = RowStore(out, fingerprint)
-    run = RobustnessRun(
-        oracle, resolved, seed=seed, check_ids=spread_ids(len(source), check_samples_count),
-        examples=store.examples() if store is not None else (),
-    )  # fmt: skip
-    rows = _finished(store.read(), run) if store is not None else []
-    done = {row.id: row.data for row in rows}
+    session = Session(
+        oracle, resolved, samples=len(source), seed=seed, check_samples_count=check_samples_count, out=out
+    )
     with tqdm(
-        total=len(source), initial=len(done), desc=f"attacks ({resolved.name})", unit="sample", disable=not progress
-    ) as bar:
+        total=len(source), initial=session.resumed, desc=f"attacks ({resolved.name})", unit="sample",
+        disable=not progress or session.rank > 0,
+    ) as bar:  # fmt: skip
         for x, y, ids in chain([first], batches):
             check_samples(x, y, domain)
-            _refuse_other_data(done, x, y, ids)
-            todo = torch.tensor([k for k, i in enumerate(ids.tolist()) if i not in done], dtype=torch.int64)
-            if len(todo) == 0:
+            session.check(x, y, ids)
+            mine = session.share(ids)
+            if len(mine) == 0:
                 continue
-            x, y = select(x, todo), y[todo]
+            x, y = select(x, mine), y[mine]
             if device is not None:
                 x, y = to_device(x, device), y.to(device)
-            new = run.batch(x, y, ids[todo].tolist())
-            if store is not None:
-                store.append(new, run.examples)
-            rows += new
-            bar.update(len(todo))
+            session.batch(x, y, ids[mine])
+            bar.update(min(len(mine) * session.world, len(source) - bar.n))
     reasons = {norm: budgets[norm].reason for norm in resolved.norms if norm in budgets and budgets[norm].reason}
-    result = run.result(
-        rows, domain=str(domain), resumed_samples=len(done), **({"headline budgets": reasons} if reasons else {})
-    )
-    if out is not None:
-        result.save(out)
+    result = session.finish(domain=str(domain), **({"headline budgets": reasons} if reasons else {}))
+    assert result is not None  # an empty test set was refused above
     return result
 
 
@@ -122,25 +109,3 @@ def _ask_one(oracle: Oracle, x: Input, device: torch.device | None) -> None:
     """Ask for the logits of one sample: a model that cannot be attacked is refused before any work."""
     one = select(x, torch.arange(1))
     oracle.logits(one if device is None else to_device(one, device))
-
-
-def _refuse_other_data(done: dict[int, str], x: Input, y: Tensor, ids: Tensor) -> None:
-    """Raise ``ValueError`` if a finished sample is not the one that was attacked."""
-    if not done:
-        return
-    for i, data in zip(ids.tolist(), fingerprint_samples(x, y.long()), strict=True):
-        if done.get(i, data) != data:
-            raise ValueError(
-                f"sample {i} is not the one whose rows are in out=: the data, their order or their preprocessing "
-                "changed; choose another out= or delete it"
-            )
-
-
-def _finished(rows: list[Row], run: RobustnessRun) -> list[Row]:
-    """Keep the samples whose rows are complete; a killed run may have left some of a batch."""
-    main: dict[int, int] = {}
-    for row in rows:
-        main[row.id] = main.get(row.id, 0) + (row.phase == "main")
-    checked = {row.id for row in rows if row.phase == "check"}
-    complete = {i for i, n in main.items() if n == run.attacks_per_sample and (i not in run.check_ids or i in checked)}
-    return [row for row in rows if row.id in complete]

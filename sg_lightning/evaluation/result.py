@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sg_lightning.attacks import Suite
 from sg_lightning.evaluation.checks import Check, run_checks
 from sg_lightning.evaluation.rows import EXAMPLES, Row, read_rows, to_csv, write_atomically, write_examples
-from sg_lightning.evaluation.statistics import Share, paired_difference, wilson
+from sg_lightning.evaluation.statistics import Share, paired_difference, share_of, wilson
 from sg_lightning.threats import parse_eps
 
 Mask = NDArray[np.bool_]
@@ -25,10 +25,11 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was tried under one norm and budget: the settings of each attack, cheap to dear."""
+    """What was tried under one norm and budget: name (as in the rows) and settings of each attack, cheap to dear."""
 
     norm: str
     eps: str
+    names: tuple[str, ...]
     attacks: tuple[dict[str, Any], ...]
     headline: bool
 
@@ -40,7 +41,7 @@ class SuiteRecord:
     Attributes:
         name: Name or file stem.
         hash: First 12 hex digits of the SHA-256 of its content.
-        content: As :meth:`~sg_lightning.attacks.Suite.describe` gives it.
+        content: As :meth:`~sg_lightning.attacks.Suite.describe` gives it, and the names of the attacks.
     """
 
     name: str
@@ -50,14 +51,21 @@ class SuiteRecord:
     @classmethod
     def of(cls, suite: Suite) -> SuiteRecord:
         """Record a resolved suite."""
-        return cls(suite.name, suite.hash, suite.describe())
+        content = suite.describe()
+        for item, entry in zip(content["entries"], suite.entries, strict=True):
+            item["names"] = [attack.name for attack in entry.attacks]
+        return cls(suite.name, suite.hash, content)
 
     @cached_property
     def entries(self) -> tuple[Measurement, ...]:
         """One entry per norm and budget, in the order of the suite."""
         return tuple(
             Measurement(
-                item["threat"]["norm"], str(item["threat"].get("eps", "1")), tuple(item["attacks"]), item["headline"]
+                item["threat"]["norm"],
+                str(item["threat"].get("eps", "1")),
+                tuple(item["names"]),
+                tuple(item["attacks"]),
+                item["headline"],
             )
             for item in self.content["entries"]
         )
@@ -91,17 +99,14 @@ class RobustnessResult:
         self.clean_correct: Mask = np.array([clean[i] for i in self.ids.tolist()], dtype=bool)
         self._position = {i: k for k, i in enumerate(self.ids.tolist())}
         self._data = {row.id: row.data for row in self.rows}
-        self._fell: dict[tuple[str, float, bool], Mask] = {}
+        self._fell: dict[tuple[str, float, str], Mask] = {}
         for row in self.rows:
             if row.phase == "main" and row.norm:
-                key = (row.norm, parse_eps(row.eps), row.attack == "random")
+                key = (row.norm, parse_eps(row.eps), row.attack)
                 fell = self._fell.setdefault(key, np.zeros(len(self.ids), dtype=bool))
                 fell[self._position[row.id]] |= row.status in ("broken", "invalid")
         order = [
-            (entry.norm, entry.eps, _name(attack))
-            for entry in self.suite.entries
-            if entry.headline
-            for attack in entry.attacks
+            (entry.norm, entry.eps, name) for entry in self.suite.entries if entry.headline for name in entry.names
         ]
         self.checks: list[Check] = run_checks(self.rows, order, meta)
 
@@ -140,10 +145,27 @@ class RobustnessResult:
         """
         limit = self._limit(norm, eps)
         right = self.clean_correct.copy()
-        for (other, budget, control), fell in self._fell.items():
-            if other == norm and budget <= limit and not control:
+        for (other, budget, attack), fell in self._fell.items():
+            if other == norm and budget <= limit and attack != "random":
                 right &= ~fell
         return right
+
+    def after(self, norm: str, eps: float | str, attack: str) -> Share:
+        """Return the accuracy, with its Wilson interval, that an attack and all that ran before it under its norm left.
+
+        Raises:
+            ValueError: if that attack was not run.
+        """
+        limit = self._limit(norm, eps)
+        names = next(e.names for e in self.suite.entries if e.norm == norm and parse_eps(e.eps) == limit)
+        if attack not in names:
+            raise ValueError(f"{attack!r} was not run under {norm}; run: {', '.join(names)}")
+        before = set(names[: names.index(attack) + 1])
+        right = self.clean_correct.copy()
+        for (other, budget, name), fell in self._fell.items():
+            if other == norm and name != "random" and (budget < limit or (budget == limit and name in before)):
+                right &= ~fell
+        return share_of(int(right.sum()), len(right))
 
     def _limit(self, norm: str, eps: float | str | None) -> float:
         limit = parse_eps(self.headline(norm) if eps is None else eps)
@@ -162,7 +184,7 @@ class RobustnessResult:
 
     def random_accuracy(self, norm: str, eps: float | str | None = None) -> float:
         """Return the accuracy under random perturbations of that size; NaN if they were not measured."""
-        fell = self._fell.get((norm, self._limit(norm, eps), True))
+        fell = self._fell.get((norm, self._limit(norm, eps), "random"))
         return float("nan") if fell is None else float((self.clean_correct & ~fell).mean())
 
     def union_robust(self) -> Mask:
@@ -265,10 +287,3 @@ class RobustnessResult:
         examples = torch.load(folder / EXAMPLES, weights_only=True) if (folder / EXAMPLES).exists() else []
         record = SuiteRecord(suite["name"], suite["hash"], suite["content"])
         return cls(read_rows(folder / "rows.csv"), record, content["meta"], examples)
-
-
-def _name(settings: dict[str, Any]) -> str:
-    """Name an attack as its rows do."""
-    if settings["attack"] != "pgd":
-        return str(settings["attack"])
-    return f"pgd-{settings['steps']}" + (f"x{settings['restarts']}" if settings["restarts"] > 1 else "")

@@ -62,7 +62,7 @@ _NAMES = [f.name for f in fields(Row)]
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that it is either the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # processes may write the same file at once
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -90,24 +90,29 @@ class RowStore:
     Args:
         folder: Where ``rows.csv`` and ``manifest.json`` live; made if it does not exist.
         fingerprint: What must be equal for a resume: weights, data, suite, seed, settings.
+        part: Number of this process among several: it writes to a file of its own, ``rows.<part>.csv``.
 
     Raises:
         ValueError: if the folder holds rows of another run, naming what differs.
         OSError: if the folder cannot be written to.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: dict[str, Any]) -> None:
+    def __init__(self, folder: str | Path, fingerprint: dict[str, Any], part: int | None = None) -> None:
         self.folder = Path(folder)
-        self.path = self.folder / "rows.csv"
+        self.path = self.folder / ("rows.csv" if part is None else f"rows.{part}.csv")
         self._examples = 0
         manifest = self.folder / "manifest.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and manifest.exists():
-                _refuse_other_run(json.loads(manifest.read_text(encoding="utf-8")), fingerprint, self.folder)
-                self._repair()
+            if manifest.exists():
+                _refuse_other_run(_read_manifest(manifest), fingerprint, self.folder)
+            elif (self.folder / "rows.csv").exists():
+                raise ValueError(f"{self.folder} holds a saved result; choose another out= or delete it")
             else:
                 write_atomically(manifest, json.dumps(fingerprint, indent=1, sort_keys=True))
+            if self.path.exists():
+                self._repair()
+            else:
                 write_atomically(self.path, ",".join(_NAMES) + "\n")
         except OSError as error:
             reason = error.strerror or error
@@ -120,8 +125,13 @@ class RowStore:
             write_atomically(self.path, text[: text.rfind("\n") + 1])
 
     def read(self) -> list[Row]:
-        """Read every row."""
-        return read_rows(self.path)
+        """Read every row, those of other processes too."""
+        return unique([row for path in sorted(self.folder.glob("rows*.csv")) for row in read_rows(path, torn=True)])
+
+    def drop_parts(self) -> None:
+        """Delete the files of single processes, once ``rows.csv`` holds everything."""
+        for path in self.folder.glob("rows.*.csv"):
+            path.unlink(missing_ok=True)
 
     def examples(self) -> list[dict[str, Any]]:
         """Read the adversarial examples kept so far."""
@@ -130,13 +140,19 @@ class RowStore:
 
     def append(self, rows: Sequence[Row], examples: Sequence[dict[str, Any]] = ()) -> None:
         """Add the rows of a batch, and all examples kept so far, and make sure they are on disk."""
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(to_csv(rows))
-            file.flush()
-            os.fsync(file.fileno())
-        if len(examples) > self._examples:
-            write_examples(self.folder / EXAMPLES, examples)
-            self._examples = len(examples)
+        try:
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(to_csv(rows))
+                file.flush()
+                os.fsync(file.fileno())
+            if len(examples) > self._examples:
+                write_examples(self.folder / EXAMPLES, examples)
+                self._examples = len(examples)
+        except OSError as error:
+            raise OSError(
+                f"cannot write rows to {self.path}: {error.strerror or error}; mend that and run the same again: it goes "
+                "on from there"
+            ) from error
 
 
 def write_examples(path: Path, examples: Sequence[dict[str, Any]]) -> None:
@@ -146,14 +162,19 @@ def write_examples(path: Path, examples: Sequence[dict[str, Any]]) -> None:
     temporary.replace(path)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read ``rows.csv``.
+def unique(rows: Iterable[Row]) -> list[Row]:
+    """Keep one row per sample, phase and attack (padding or a kill while files are merged may leave two)."""
+    return list({(row.id, row.phase, row.norm, row.eps, row.attack): row for row in rows}.values())
+
+
+def read_rows(path: Path, *, torn: bool = False) -> list[Row]:
+    """Read ``rows.csv``; with ``torn``, a last line without its end is left out.
 
     Raises:
         ValueError: naming file and line, if a line is not a row.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = list(csv.reader(file))
+    text = path.read_text(encoding="utf-8")
+    lines = list(csv.reader((text[: text.rfind("\n") + 1] if torn else text).splitlines()))
     if not lines or lines[0] != _NAMES:
         raise ValueError(f"{path} is not a file of rows: its first line should be {','.join(_NAMES)}")
     rows = []
@@ -163,6 +184,16 @@ def read_rows(path: Path) -> list[Row]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: not a row of an evaluation: {','.join(cells)[:80]!r}") from error
     return rows
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another out= or delete the folder") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged; choose another out= or delete the folder")  # noqa: TRY004
+    return content
 
 
 def _refuse_other_run(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:

@@ -99,7 +99,7 @@ def test_every_n_epochs_and_sanity_check_and_limits():
 
     class Spy(RobustnessEvaluation):
         def _finish(self, trainer, pl_module):
-            active = self._run is not None
+            active = self._session is not None
             super()._finish(trainer, pl_module)
             if active:
                 seen.append((trainer.current_epoch, len(self.result.ids)))

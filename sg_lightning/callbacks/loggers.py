@@ -1,0 +1,117 @@
+"""Figures and tables for any logger.
+
+Teach them another logger with ``@log_figure.register(MyLogger)`` and ``@log_table.register(MyLogger)``.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from functools import singledispatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from sg_lightning.evaluation import RobustnessResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def folder_of(logger: Logger) -> Path:
+    """Return the folder of this run of a logger; no two runs share one."""
+    own = getattr(logger, "log_dir", None)
+    return Path(own) if own else Path(logger.save_dir or ".") / str(logger.name) / str(logger.version)
+
+
+@singledispatch
+def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
+    """Log a matplotlib figure; a logger without pictures gets a PNG in its folder.
+
+    Args:
+        logger: Where to.
+        name: Name such as ``robust/curves``.
+        figure: The figure.
+        step: Global step.
+    """
+    path = folder_of(logger) / "figures" / f"{name.replace('/', '_')}_{step}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+@singledispatch
+def log_table(logger: Logger, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+    """Log a table; a logger without tables gets a CSV file in its folder.
+
+    Args:
+        logger: Where to.
+        name: Name such as ``robust/table``.
+        columns: Headings.
+        rows: One sequence per row.
+        step: Global step.
+    """
+    path = folder_of(logger) / "tables" / f"{name.replace('/', '_')}_{step}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+@log_figure.register(DummyLogger)
+def _(logger: DummyLogger, name: str, figure: Figure, step: int) -> None:
+    pass
+
+
+@log_table.register(DummyLogger)
+def _(logger: DummyLogger, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+    pass
+
+
+@log_figure.register(WandbLogger)
+def _(logger: WandbLogger, name: str, figure: Figure, step: int) -> None:
+    logger.log_image(key=name, images=[figure], step=step)
+
+
+@log_table.register(WandbLogger)
+def _(logger: WandbLogger, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+    logger.log_table(key=name, columns=list(columns), data=[list(row) for row in rows], step=step)
+
+
+@log_figure.register(TensorBoardLogger)
+def _(logger: TensorBoardLogger, name: str, figure: Figure, step: int) -> None:
+    logger.experiment.add_figure(name, figure, step)
+
+
+@log_table.register(TensorBoardLogger)
+def _(logger: TensorBoardLogger, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+    lines = [columns, ["---"] * len(columns), *rows]
+    logger.experiment.add_text(name, "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines), step)
+
+
+TABLE = ("norm", "eps", "attack", "steps", "restarts", "n", "seed", "accuracy", "low", "high")
+
+
+def table_rows(result: RobustnessResult) -> list[list[Any]]:
+    """Return one row per norm, budget and attack: its settings, and the accuracy left after it and those before it."""
+    rows: list[list[Any]] = [["", "", "clean", "", "", len(result.ids), result.meta.get("seed"), result.clean, "", ""]]
+    for entry in result.suite.entries:
+        for name, attack in zip(entry.names, entry.attacks, strict=True):
+            share = result.after(entry.norm, entry.eps, name)
+            rows.append([
+                entry.norm, entry.eps, attack["attack"], attack.get("steps", ""), attack.get("restarts", ""),
+                len(result.ids), result.meta.get("seed"), *share,
+            ])  # fmt: skip
+    return rows
+
+
+def log_result(logger: Logger, result: RobustnessResult, step: int) -> None:
+    """Give a result to a logger: a table, and accuracy over budget if matplotlib is there."""
+    log_table(logger, "robust/table", TABLE, table_rows(result), step)
+    try:
+        from sg_lightning.reporting import accuracy_curves
+
+        figure = accuracy_curves({"this run": result})
+    except ImportError:
+        return
+    log_figure(logger, "robust/curves", figure, step)

@@ -1,0 +1,171 @@
+"""The command line: ``sg-lightning fit|validate|test|predict|evaluate|report|configs``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+# Classes can be given by name only once their modules are imported.
+import sg_lightning.attacks
+import sg_lightning.backbones
+import sg_lightning.callbacks
+import sg_lightning.encoding
+import sg_lightning.neurons
+import sg_lightning.threats
+from sg_lightning._version import __version__
+from sg_lightning.callbacks.loggers import folder_of
+from sg_lightning.datamodules import ImageData
+from sg_lightning.evaluation import RobustnessResult
+from sg_lightning.modules import SpikingClassifier
+from sg_lightning.trainer import RobustTrainer
+
+LINKED = ("num_classes", "in_channels", "input_size", "mean", "std")
+DESCRIPTION = """Train spiking networks, attack them, report.
+
+Two more commands, each with its own --help: `report` makes one HTML page of several evaluations, `configs` copies the
+shipped configs. A first run:  sg-lightning configs --to configs
+sg-lightning fit -c configs/data/digits.yaml -c configs/model/convnet.yaml -c configs/method/sr.yaml -c configs/trainer/cpu.yaml
+"""
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Write the whole config, callbacks and attacks included, into the folder of every logger, and log it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save to each logger's own folder (``trainer.log_dir`` is shared by all runs of some loggers)."""
+        text = self.parser.dump(self.config, skip_none=False)
+        for folder in {folder_of(logger) for logger in trainer.loggers} or {Path(trainer.default_root_dir)}:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / self.config_filename).write_text(text, encoding="utf-8")
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"config": yaml.safe_load(text)})
+
+
+class RobustCLI(LightningCLI):
+    """LightningCLI with ``evaluate``, checkpoints of the best and the last epoch, and data that shape the network."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the commands, each with the arguments that the command line does not set."""
+        return {**LightningCLI.subcommands(), "evaluate": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add checkpointing, and give the network the sizes of the data."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({
+            "checkpoint.monitor": "val/acc", "checkpoint.mode": "max", "checkpoint.save_last": True,
+            "checkpoint.filename": "best", "checkpoint.enable_version_counter": False,
+        })  # fmt: skip
+        for name in LINKED:
+            parser.link_arguments(f"data.{name}", f"model.init_args.backbone.init_args.{name}", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the settings alone: Lightning would let those in the checkpoint override the command line."""
+
+    def before_evaluate(self) -> None:
+        """Refuse to evaluate untrained weights."""
+        if self._get(self.config, "ckpt_path") is None:
+            raise ValueError("evaluate needs the weights: add --ckpt_path .../checkpoints/best.ckpt")
+
+    def after_evaluate(self) -> None:
+        """Show the figures."""
+        if self.trainer.is_global_zero:
+            result = next(r for c in self.trainer.callbacks if (r := getattr(c, "result", None)) is not None)
+            print(f"\n{result.table()}")
+
+    def after_fit(self) -> None:
+        """Say where the run is."""
+        callback = self.trainer.checkpoint_callback
+        best = getattr(callback, "best_model_path", "")
+        if best and self.trainer.is_global_zero and self.trainer.loggers:
+            config = folder_of(self.trainer.loggers[0]) / "config.yaml"
+            print(f"\nBest weights: {best}\nAttack them:  sg-lightning evaluate -c {config} --ckpt_path {best} --out runs/evaluation")
+
+
+def run(args: Sequence[str] | None) -> RobustCLI:
+    """Run a command of the trainer; ``args`` as on the command line."""
+    return RobustCLI(
+        SpikingClassifier,
+        LightningDataModule,
+        save_config_callback=SaveRunConfig,
+        trainer_class=RobustTrainer,
+        seed_everything_default=0,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        parser_kwargs={"description": DESCRIPTION, "version": __version__, "prog": "sg-lightning"},
+        args=list(args) if args is not None else None,
+    )
+
+
+def report(args: Sequence[str]) -> None:
+    """Make one page of several evaluations."""
+    parser = argparse.ArgumentParser("sg-lightning report", description="Make one HTML page of several evaluations.")
+    parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER", help="an --out of evaluate; named after the folder")
+    parser.add_argument("--out", default="report", help="folder of report.html and its figures")
+    parser.add_argument("--title", default="Robustness across perturbation norms")
+    parser.add_argument("--baseline", help="name of the run that the others are compared with")
+    given = parser.parse_args(list(args))
+    from sg_lightning.reporting import write_report
+
+    results = {}
+    for text in given.folders:
+        name, _, folder = text.rpartition("=")
+        name = name or Path(folder).name
+        if name in results:
+            raise ValueError(f"two runs are called {name!r}; name them: first={folder}")
+        results[name] = RobustnessResult.load(folder)
+    print(f"Report: {write_report(results, given.out, title=given.title, baseline=given.baseline)}")
+
+
+def configs(args: Sequence[str]) -> None:
+    """Copy the shipped configs."""
+    parser = argparse.ArgumentParser("sg-lightning configs", description="Copy the shipped configs into a folder.")
+    parser.add_argument("--to", type=Path, help="folder to copy into; without it they are listed")
+    given = parser.parse_args(list(args))
+    with as_file(files("sg_lightning").joinpath("configs")) as source:
+        found = sorted(path.relative_to(source) for path in source.rglob("*.yaml"))
+        if given.to is None:
+            print("\n".join(map(str, found)))
+            return
+        there = [str(path) for path in found if (given.to / path).exists()]
+        if there:
+            raise ValueError(f"{given.to} has {there[0]} already; give another folder, or delete it")
+        for path in found:
+            (given.to / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / path, given.to / path)
+    print(f"{len(found)} configs in {given.to}")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; mistakes are said in one sentence."""
+    words = sys.argv[1:] if args is None else list(args)
+    try:
+        if words[:1] == ["report"]:
+            report(words[1:])
+        elif words[:1] == ["configs"]:
+            configs(words[1:])
+        else:
+            run(words if args is not None else None)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("SG_LIGHTNING_TRACEBACK"):
+            raise
+        sys.exit(f"sg-lightning: {error}\n(SG_LIGHTNING_TRACEBACK=1 shows where)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""A Trainer that can also evaluate robustness, for the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from sg_lightning.attacks import BPTT
+from sg_lightning.callbacks import RobustnessEvaluation
+from sg_lightning.evaluation import RobustnessResult
+
+
+class RobustTrainer(Trainer):
+    """:class:`lightning.pytorch.Trainer` with :meth:`evaluate`; takes the same arguments."""
+
+    def evaluate(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        suite: str = "basic",
+        out: str | Path | None = None,
+        max_samples: int | None = None,
+        seed: int = 0,
+        estimator: BPTT | None = None,
+        eot: int = 1,
+        votes: int = 1,
+        check_samples_count: int = 128,
+    ) -> RobustnessResult:
+        """Attack the test set with a suite of attacks; on any number of processes, and again from where it stopped.
+
+        Args:
+            model: The module; its ``forward(x)`` gives logits.
+            datamodule: The data, with ``budgets`` per norm.
+            ckpt_path: Checkpoint of the weights.
+            weights_only: Load nothing but tensors and plain values from the checkpoint.
+            suite: Name of a suite (quick, basic) or path of a YAML file.
+            out: Folder of rows and result; an interrupted run goes on from there.
+            max_samples: Only the first so many samples.
+            seed: Seed of random starts and controls.
+            estimator: Gradient estimator of the attacks; null: the training surrogate.
+            eot: Gradients averaged per step, for stochastic models.
+            votes: Forward passes whose majority decides, for stochastic models.
+            check_samples_count: Samples on which all attacks run, for the honesty checks; 0 switches them off.
+
+        Returns:
+            The result, the same on every process.
+        """
+        attacks = RobustnessEvaluation(
+            suite, max_samples=max_samples, seed=seed, check_samples_count=check_samples_count, estimator=estimator,
+            eot=eot, votes=votes, out=out,
+        )  # fmt: skip
+        # Those that watched the training have done their part.
+        before = self.callbacks  # type: ignore[has-type]
+        self.callbacks = [c for c in before if not isinstance(c, RobustnessEvaluation)] + [attacks]
+        try:
+            self.test(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only, verbose=False)
+        finally:
+            self.callbacks = before
+        if attacks.result is None:
+            raise ValueError("the test set is empty, or limit_test_batches left nothing of it: nothing was attacked")
+        return attacks.result
