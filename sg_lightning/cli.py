@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import sys
+import zipfile
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -17,15 +18,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 # Classes can be given by name only once their modules are imported.
-import sg_lightning.attacks
-import sg_lightning.backbones
-import sg_lightning.callbacks
-import sg_lightning.encoding
-import sg_lightning.neurons
-import sg_lightning.threats
 from sg_lightning._version import __version__
 from sg_lightning.callbacks.loggers import folder_of
-from sg_lightning.datamodules import ImageData
 from sg_lightning.evaluation import RobustnessResult
 from sg_lightning.modules import SpikingClassifier
 from sg_lightning.trainer import RobustTrainer
@@ -74,7 +68,12 @@ class RobustCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.backbone.init_args.{name}", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the settings alone: Lightning would let those in the checkpoint override the command line."""
+        """Check the file; leave the settings alone: Lightning would let the checkpoint's override the command line."""
+        path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        if path and Path(path).is_file() and not zipfile.is_zipfile(path):
+            raise ValueError(
+                f"{path} is no checkpoint, or only a part of one: it was cut off while it was written or copied"
+            )
 
     def before_evaluate(self) -> None:
         """Refuse to evaluate untrained weights."""
@@ -83,9 +82,10 @@ class RobustCLI(LightningCLI):
 
     def after_evaluate(self) -> None:
         """Show the figures."""
-        if self.trainer.is_global_zero:
-            result = next(r for c in self.trainer.callbacks if (r := getattr(c, "result", None)) is not None)
-            print(f"\n{result.table()}")
+        trainer = self.trainer
+        if trainer.is_global_zero and isinstance(trainer, RobustTrainer) and trainer.result is not None:
+            where = f"\n\nResult: {trainer.result_folder}\nA page of it:  sg-lightning report {trainer.result_folder}"
+            print(f"\n{trainer.result.table()}{where if trainer.result_folder is not None else ''}")
 
     def after_fit(self) -> None:
         """Say where the run is."""
@@ -93,7 +93,7 @@ class RobustCLI(LightningCLI):
         best = getattr(callback, "best_model_path", "")
         if best and self.trainer.is_global_zero and self.trainer.loggers:
             config = folder_of(self.trainer.loggers[0]) / "config.yaml"
-            print(f"\nBest weights: {best}\nAttack them:  sg-lightning evaluate -c {config} --ckpt_path {best} --out runs/evaluation")
+            print(f"\nBest weights: {best}\nAttack them:  sg-lightning evaluate -c {config} --ckpt_path {best}")
 
 
 def run(args: Sequence[str] | None) -> RobustCLI:
@@ -115,7 +115,9 @@ def run(args: Sequence[str] | None) -> RobustCLI:
 def report(args: Sequence[str]) -> None:
     """Make one page of several evaluations."""
     parser = argparse.ArgumentParser("sg-lightning report", description="Make one HTML page of several evaluations.")
-    parser.add_argument("folders", nargs="+", metavar="[NAME=]FOLDER", help="an --out of evaluate; named after the folder")
+    parser.add_argument(
+        "folders", nargs="+", metavar="[NAME=]FOLDER", help="an --out of evaluate; named after the folder"
+    )
     parser.add_argument("--out", default="report", help="folder of report.html and its figures")
     parser.add_argument("--title", default="Robustness across perturbation norms")
     parser.add_argument("--baseline", help="name of the run that the others are compared with")

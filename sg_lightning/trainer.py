@@ -12,7 +12,15 @@ from sg_lightning.evaluation import RobustnessResult
 
 
 class RobustTrainer(Trainer):
-    """:class:`lightning.pytorch.Trainer` with :meth:`evaluate`; takes the same arguments."""
+    """:class:`lightning.pytorch.Trainer` with :meth:`evaluate`; takes the same arguments.
+
+    Attributes:
+        result: What the last evaluation found.
+        result_folder: Where it was written.
+    """
+
+    result: RobustnessResult | None = None
+    result_folder: Path | None = None
 
     def evaluate(
         self,
@@ -37,7 +45,8 @@ class RobustTrainer(Trainer):
             ckpt_path: Checkpoint of the weights.
             weights_only: Load nothing but tensors and plain values from the checkpoint.
             suite: Name of a suite (quick, basic) or path of a YAML file.
-            out: Folder of rows and result; an interrupted run goes on from there.
+            out: Folder of rows and result; an interrupted run goes on from there. By default beside the checkpoints:
+                ``robustness/<checkpoint>-<suite>``.
             max_samples: Only the first so many samples.
             seed: Seed of random starts and controls.
             estimator: Gradient estimator of the attacks; null: the training surrogate.
@@ -48,6 +57,8 @@ class RobustTrainer(Trainer):
         Returns:
             The result, the same on every process.
         """
+        if out is None and ckpt_path is not None and Path(ckpt_path).is_file():
+            out = Path(ckpt_path).parent.parent / "robustness" / f"{Path(ckpt_path).stem}-{Path(suite).stem}"
         attacks = RobustnessEvaluation(
             suite, max_samples=max_samples, seed=seed, check_samples_count=check_samples_count, estimator=estimator,
             eot=eot, votes=votes, out=out,
@@ -61,4 +72,5 @@ class RobustTrainer(Trainer):
             self.callbacks = before
         if attacks.result is None:
             raise ValueError("the test set is empty, or limit_test_batches left nothing of it: nothing was attacked")
+        self.result, self.result_folder = attacks.result, attacks.out
         return attacks.result

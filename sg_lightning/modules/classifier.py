@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -160,6 +161,19 @@ class SpikingClassifier(LightningModule):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
 
+    @classmethod
+    def _stored(cls, checkpoint_path: Any) -> type[SpikingClassifier]:
+        """Return the subclass that a checkpoint names, if it is one of ``cls`` and imported; else ``cls``."""
+        if not isinstance(checkpoint_path, (str, Path)) or not Path(checkpoint_path).is_file():
+            return cls
+        content = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+        name = content.get("hyper_parameters", {}).get("_class_path", "").rsplit(".", 1)[-1]
+        kinds, found = [cls], [cls]
+        while kinds:
+            kinds = [kind for parent in kinds for kind in parent.__subclasses__()]
+            found += [kind for kind in kinds if kind.__name__ == name]
+        return found[-1]
+
     def _set_hparams(self, hp: MutableMapping[str, Any]) -> None:  # type: ignore[override]
         # Live networks and callables cannot be stored: weights_only loading refuses them, for trainer.test(ckpt_path=)
         # too. Under LightningCLI the values are the plain config of the same objects, so nothing is lost there.
@@ -169,12 +183,16 @@ class SpikingClassifier(LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a module from a checkpoint; arguments as for :class:`lightning.pytorch.LightningModule`.
 
+        A checkpoint of the command line says which subclass it holds, and that is what is returned.
+
         Raises:
             TypeError: if the checkpoint does not say how to build a part, such as the backbone of a module that was
                 built in Python.
         """
         try:
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+            return super(SpikingClassifier, cls._stored(checkpoint_path)).load_from_checkpoint(
+                checkpoint_path, *args, **kwargs
+            )
         except TypeError as error:
             if "missing" not in str(error):
                 raise
