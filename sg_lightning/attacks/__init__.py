@@ -5,7 +5,7 @@ from sg_lightning.attacks.estimators import BPTT
 from sg_lightning.attacks.gradient import ATTACKS, FGSM, PGD, RFGSM, RandomNoise
 from sg_lightning.attacks.losses import LOSSES
 from sg_lightning.attacks.oracle import Oracle
-from sg_lightning.attacks.suites import Entry, Suite, load_suite, suite_names
+from sg_lightning.attacks.suites import Entry, Suite, load_suite, read_suite, suite_names
 from sg_lightning.attacks.verification import Verdict, verify
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Suite",
     "Verdict",
     "load_suite",
+    "read_suite",
     "suite_names",
     "verify",
 ]

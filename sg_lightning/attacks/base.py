@@ -151,9 +151,11 @@ class Attack(ABC):
                 point of highest loss of every sample at fixed batch shapes (training).
 
         Raises:
-            ValueError: if shapes do not match, labels are no classes of the model, or ``x`` is not finite.
+            ValueError: if shapes do not match, labels are no classes of the model, ``x`` is not finite, or the budget
+                is larger than the domain.
         """
         check_batch(x, y)
+        self.threat.check(x)
         noise = as_sample_generator(generator, batch_size(x))
         with oracle.attacking():
             x, y = detached(x), y.detach().clone()

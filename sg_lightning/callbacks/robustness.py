@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DistributedSampler, SequentialSampler
 
-from sg_lightning.attacks import BPTT, Oracle, Suite, load_suite
+from sg_lightning.attacks import BPTT, Oracle, Suite, load_suite, read_suite
 from sg_lightning.callbacks.loggers import log_result
 from sg_lightning.domains import Domain
 from sg_lightning.evaluation import RobustnessResult
@@ -70,6 +70,8 @@ class RobustnessEvaluation(Callback):
             raise ValueError(f"max_samples must be >= 1 or None, got {max_samples}")
         if check_samples_count < 0:
             raise ValueError(f"check_samples_count must be >= 0, got {check_samples_count}")
+        if not isinstance(suite, Suite):
+            read_suite(suite)  # a typing error should not wait for the first evaluation
         self.suite = suite
         self.budgets = budgets
         self.domain = domain

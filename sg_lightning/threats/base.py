@@ -61,6 +61,9 @@ class Threat(ABC):
         """Metric-safe name, e.g. ``linf_8_255`` or ``l2_0p5``."""
         return f"{self.norm}_{re.sub(r'[^A-Za-z0-9_-]', '_', str(self.eps).replace('.', 'p'))}"
 
+    def check(self, x: Input) -> None:  # noqa: B027 - most threats know at construction
+        """Raise ``ValueError`` if the budget is larger than anything that inputs like ``x`` allow."""
+
     @abstractmethod
     def project(self, x_adv: Input, x: Input) -> Input:
         """Return the nearest allowed point to ``x_adv`` (Euclidean): in the budget and in the domain."""

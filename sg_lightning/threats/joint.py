@@ -45,6 +45,12 @@ class Joint(Threat):
         """Metric-safe name built from those of the modalities."""
         return "joint_" + "_".join(f"{name}_{threat.key}" for name, threat in self.threats)
 
+    def check(self, x: Input) -> None:
+        """Check the budget of every modality."""
+        modalities = self._modalities(x)
+        for name, threat in self.threats:
+            threat.check(modalities[name])
+
     def _modalities(self, x: Input) -> dict[str, Tensor]:
         if not isinstance(x, dict):
             raise TypeError("a Joint threat needs a dict of modalities; give a single tensor its threat directly")

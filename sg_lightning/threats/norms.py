@@ -28,6 +28,16 @@ class _Ball(SingleThreat):
                 "EventFlips or L0, or domain=Box(...) for a relaxed attack, whose perturbations are not physical"
             )
 
+    def check(self, x: Tensor) -> None:  # type: ignore[override]
+        """Raise ``ValueError`` if no two points of the domain are that far apart."""
+        values = x[0].numel()
+        largest = self.domain.width * {"linf": 1.0, "l2": values**0.5, "l1": values}[self.norm]
+        if self.budget > largest:
+            raise ValueError(
+                f"eps={self.eps} of {type(self).__name__} is larger than the domain: inputs of {values} values in "
+                f"{self.domain} are at most {largest:.4g} apart; write eps in input units"
+            )
+
     @abstractmethod
     def _shrink(self, magnitude: Tensor, room: Tensor) -> Tensor:
         """Project magnitudes (B, n) with ``room <= magnitude``."""

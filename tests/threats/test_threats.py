@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sg_lightning.attacks import PGD
 from sg_lightning.domains import Binary, Box, Counts
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import L0, L1, L2, Budget, EventFlips, Joint, Linf, make_threat
@@ -233,3 +234,13 @@ def test_ratios_are_kept_verbatim():
     assert Linf("8/255").key == "linf_8_255"
     assert L2(0.5).key == "l2_0p5"
     assert Budget(eps=("4/255", "8/255"), headline="8/255").is_headline(8 / 255)
+
+
+def test_budgets_beyond_the_domain_are_refused_at_first_use():
+    x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
+    for threat, largest in ((L2(8.1), "8 apart"), (L1(64.5), "64 apart")):
+        with pytest.raises(ValueError, match=f"larger than the domain: inputs of 64 values .* at most {largest}"):
+            PGD(threat, steps=1)(torch.nn.Flatten(), x, y)
+    with pytest.raises(ValueError, match="larger than the domain"):
+        PGD(Joint({"image": L2(8.1)}), steps=1)(lambda v: v["image"].flatten(1), {"image": x}, y)
+    PGD(L2(8), steps=1)(torch.nn.Flatten(), x, y)

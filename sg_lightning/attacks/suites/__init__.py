@@ -85,7 +85,7 @@ def load_suite(suite: str | Path | Suite, budgets: Budgets, domain: Domain | Non
     """
     if isinstance(suite, Suite):
         return suite
-    name, content = _read(suite)
+    name, content = read_suite(suite)
     unknown = set(content) - _KEYS
     if unknown:
         raise ValueError(f"suite {name!r} has unknown keys {sorted(unknown)}; known keys: {', '.join(sorted(_KEYS))}")
@@ -119,7 +119,12 @@ def load_suite(suite: str | Path | Suite, budgets: Budgets, domain: Domain | Non
     return Suite(name, tuple(entries), bool(content.get("control", True)))
 
 
-def _read(suite: str | Path) -> tuple[str, dict[str, Any]]:
+def read_suite(suite: str | Path) -> tuple[str, dict[str, Any]]:
+    """Return name and content of a suite, not yet resolved for a data set.
+
+    Raises:
+        ValueError: on an unknown name, a missing file, or a file that is no suite.
+    """
     path = Path(suite)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
