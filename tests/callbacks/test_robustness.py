@@ -1,13 +1,20 @@
 """RobustnessEvaluation in fit, validate and test, on modules that know nothing of us."""
 
+import csv
+from typing import ClassVar
+
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from sg_lightning import RobustnessEvaluation, evaluate
+from sg_lightning.callbacks.loggers import log_result, log_table
+from sg_lightning.evaluation import RobustnessResult
 from sg_lightning.neurons import LIF
 from sg_lightning.threats import Budget
 
@@ -136,3 +143,100 @@ def test_bad_input_is_said_before_training():
         RobustnessEvaluation(every_n_epochs=0)
     with pytest.raises(ValueError, match="shuffle=False"):
         trainer(RobustnessEvaluation(budgets=BUDGETS)).test(Foreign(), loader(shuffle=True), verbose=False)
+
+
+def decisions(rows):
+    return {(row.id, row.norm, row.eps, row.attack): (row.clean, row.status) for row in rows}
+
+
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_33_samples_on_two_processes_count_33(tmp_path, stage):
+    # float64: decisions must be identical whatever the batch shapes.
+    data = loader(33)
+    data = DataLoader(TensorDataset(data.dataset.tensors[0].double(), data.dataset.tensors[1]), batch_size=8)
+    pl.seed_everything(0, verbose=False)
+    module = Foreign().double()
+    found = {}
+    for name, options in (("one", {}), ("two", {"strategy": "ddp_fork", "devices": 2})):
+        callback = RobustnessEvaluation("quick", budgets=BUDGETS, check_samples_count=5, out=tmp_path / name)
+        getattr(trainer(callback, **options), stage)(module, data, verbose=False)
+        found[name] = RobustnessResult.load(tmp_path / name)
+        assert not list((tmp_path / name).glob("rows.*.csv"))
+    one, two = found["one"], found["two"]
+    assert two.ids.tolist() == list(range(33))  # Lightning's sampler pads to 34
+    assert decisions(one.rows) == decisions(two.rows)
+    assert one.metrics() == two.metrics()
+    assert one.checks == two.checks
+
+
+def test_interrupted_test_goes_on_and_other_weights_are_refused(tmp_path):
+    class Stops(RobustnessEvaluation):
+        def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+            if batch_idx == 2:
+                raise RuntimeError("pulled the plug")
+            super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+    pl.seed_everything(0, verbose=False)
+    module, data = Foreign(), loader(33)
+    whole = RobustnessEvaluation(budgets=BUDGETS)
+    trainer(whole).test(module, data, verbose=False)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        trainer(Stops(budgets=BUDGETS, out=tmp_path)).test(module, data, verbose=False)
+    again = RobustnessEvaluation(budgets=BUDGETS, out=tmp_path)
+    trainer(again).test(module, data, verbose=False)
+    assert again.result.meta["resumed_samples"] == 16
+    assert decisions(again.result.rows) == decisions(whole.result.rows)
+    with pytest.raises(ValueError, match="weights was"):
+        trainer(RobustnessEvaluation(budgets=BUDGETS, out=tmp_path)).test(Foreign(), data, verbose=False)
+
+
+def test_loggers_without_pictures_get_files_and_two_runs_their_own(tmp_path):
+    for version in range(2):
+        logger = CSVLogger(tmp_path, name="runs")
+        callback = RobustnessEvaluation(budgets=BUDGETS)
+        pl.Trainer(
+            accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[callback], max_epochs=1,
+        ).fit(Foreign(), loader(shuffle=True), loader(20, seed=1))  # fmt: skip
+        folder = tmp_path / "runs" / f"version_{version}"
+        assert [p.suffix for p in (folder / "figures").iterdir()] == [".png"]
+        (table,) = (folder / "tables").iterdir()
+        lines = list(csv.reader(table.open()))
+        assert lines[0] == ["norm", "eps", "attack", "steps", "restarts", "n", "seed", "accuracy", "low", "high"]
+        assert lines[1][2] == "clean"
+        assert float(lines[2][7]) == callback.result.accuracy("linf")
+        assert {line[0] for line in lines[2:]} == {"linf", "l2"}
+        metrics = (folder / "metrics.csv").read_text().splitlines()[0]
+        assert "robust/linf_2_16/acc" in metrics
+        assert "robust/union/acc" in metrics
+
+
+def test_other_loggers_are_taught_by_registering():
+    class Mine(DummyLogger):
+        seen: ClassVar[list] = []
+
+    @log_table.register(Mine)
+    def _(logger, name, columns, rows, step):
+        logger.seen.append((name, len(rows)))
+
+    module = Foreign()
+    callback = RobustnessEvaluation(budgets=BUDGETS)
+    trainer(callback).test(module, loader(9), verbose=False)
+    log_result(Mine(), callback.result, 0)
+    assert Mine.seen == [("robust/table", 3)]
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"overfit_batches": 2}, {"limit_val_batches": 1}])
+def test_trainer_shortcuts(options):
+    callback = RobustnessEvaluation(budgets=BUDGETS)
+    fitted(callback, **options)
+    seen = len(callback.result.ids)
+    assert seen == {"fast_dev_run": 8, "overfit_batches": 16, "limit_val_batches": 8}[next(iter(options))]
+
+
+def test_checkpoint_on_the_union(tmp_path):
+    keep = pl.callbacks.ModelCheckpoint(tmp_path, monitor="robust/union/acc", mode="max", filename="best")
+    callback = RobustnessEvaluation(budgets=BUDGETS)
+    fitted(callback, keep, enable_checkpointing=True)
+    assert keep.best_model_score == pytest.approx(float(keep.best_model_score))
+    assert (tmp_path / "best.ckpt").is_file()

@@ -1,7 +1,12 @@
 """evaluate(): rows, resume, invariance, honesty checks and bad input."""
 
 import json
+import os
 import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -309,6 +314,68 @@ def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write rows"):
         run(out=tmp_path / "file")
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import importlib.util
+spec = importlib.util.spec_from_file_location("given", {file!r})
+given = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(given)
+
+class Dies(given.Net):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == {stop}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+given.run(Dies(), batch_size=3, out={out!r})
+"""
+
+
+def test_killed_at_any_moment_it_goes_on(tmp_path):
+    whole, resumed = run(), []
+    for number, stop in enumerate((40, 500, 1100)):
+        out = tmp_path / str(number)
+        script = KILLED.format(here=str(Path.cwd()), file=__file__, stop=stop, out=str(out))
+        done = subprocess.run([sys.executable, "-c", script], check=False)
+        assert done.returncode == -signal.SIGKILL
+        again = run(out=out)
+        resumed.append(again.meta["resumed_samples"])
+        assert ordered(again.rows) == ordered(whole.rows)
+    assert resumed[0] < resumed[1] < resumed[2] < 24
+
+
+def test_full_disk_says_so_and_keeps_what_is_there(tmp_path, monkeypatch):
+    real, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) > 8:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device; mend that and run the same again"):
+        run(batch_size=3, out=tmp_path)
+    monkeypatch.undo()
+    again = run(out=tmp_path)
+    assert again.meta["resumed_samples"] > 0
+    assert ordered(again.rows) == ordered(run().rows)
+
+
+def test_a_damaged_manifest_and_a_foreign_folder_are_named(tmp_path):
+    run(out=tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").write_text('{"seed": 0')
+    with pytest.raises(ValueError, match=r"manifest.json is damaged"):
+        run(out=tmp_path / "a")
+    run().save(tmp_path / "b")
+    with pytest.raises(ValueError, match="holds a saved result"):
+        run(out=tmp_path / "b")
 
 
 def test_model_is_left_alone_and_subset_is_a_prefix():
