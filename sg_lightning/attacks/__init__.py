@@ -1,16 +1,18 @@
 """The attack engine: optimisers inside a threat model that touch the model through an Oracle only."""
 
 from sg_lightning.attacks.base import Attack, AttackResult
-from sg_lightning.attacks.estimators import BPTT
-from sg_lightning.attacks.gradient import ATTACKS, FGSM, PGD, RFGSM, RandomNoise
+from sg_lightning.attacks.estimators import BPTT, Estimator
+from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, RandomNoise
 from sg_lightning.attacks.losses import LOSSES
 from sg_lightning.attacks.oracle import Oracle
+from sg_lightning.attacks.registry import ATTACKS, ESTIMATORS, make_attack, make_estimator
 from sg_lightning.attacks.suites import Entry, Suite, load_suite, read_suite, suite_names
 from sg_lightning.attacks.verification import Verdict, verify
 
 __all__ = [
     "ATTACKS",
     "BPTT",
+    "ESTIMATORS",
     "FGSM",
     "LOSSES",
     "PGD",
@@ -18,11 +20,14 @@ __all__ = [
     "Attack",
     "AttackResult",
     "Entry",
+    "Estimator",
     "Oracle",
     "RandomNoise",
     "Suite",
     "Verdict",
     "load_suite",
+    "make_attack",
+    "make_estimator",
     "read_suite",
     "suite_names",
     "verify",

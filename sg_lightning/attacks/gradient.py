@@ -9,19 +9,14 @@ import torch
 from torch import Tensor
 
 from sg_lightning.attacks.base import Attack, Progress
+from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.losses import get_loss
 from sg_lightning.attacks.oracle import Oracle, check_labels
+from sg_lightning.attacks.search import Samples, finite, normalised, value
 from sg_lightning.inputs import Input, apply, select
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import Linf
 from sg_lightning.threats.base import parse_eps
-
-
-def _evaluate(oracle: Oracle, point: Input, x: Input, y: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """Return loss and misclassification (B,) by one forward pass."""
-    logits = oracle.logits(point)
-    check_labels(y, logits.shape[1])
-    return get_loss(loss)(logits, y), logits.argmax(1) != y
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class FGSM(Attack):
         check_labels(y, found.logits.shape[1])
         progress.record(everyone, start, found.loss, found.logits.argmax(1) != y, 0, oracle.eot, found)
         x_adv = self._step(start, found.grad, x)
-        loss, wrong = _evaluate(oracle, x_adv, x, y, self.loss)
+        loss, wrong = value(oracle, x_adv, y, self.loss)
         # A single step has one answer: the stepped point, also where the start had the higher loss.
         progress.loss[~progress.success] = -torch.inf
         progress.record(everyone, x_adv, loss, wrong, 1, 1)
@@ -148,7 +143,7 @@ class PGD(Attack):
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         """``pgd-<steps>``, with ``x<restarts>`` if there are several."""
         return f"pgd-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")
 
@@ -158,10 +153,10 @@ class PGD(Attack):
         everyone = torch.arange(len(y), device=y.device)
         if self.random_start and progress.goal == "success":
             # Already misclassified samples need no search.
-            loss, wrong = _evaluate(oracle, x, x, y, self.loss)
+            loss, wrong = value(oracle, x, y, self.loss)
             progress.record(everyone, x, loss, wrong, 0, 1)
         for restart in range(self.restarts):
-            index = everyone[~(progress.success | progress.invalid)] if early_drop else everyone
+            index = everyone[progress.open(everyone)] if early_drop else everyone
             if len(index) == 0:
                 return
             self._ascend(oracle, x, y, index, noise.fork("restart", restart), progress, early_drop, restart)
@@ -169,47 +164,36 @@ class PGD(Attack):
     def _ascend(
         self,
         oracle: Oracle,
-        x_all: Input,
-        y_all: Tensor,
+        x: Input,
+        y: Tensor,
         index: Tensor,
         noise: SampleGenerator,
         progress: Progress,
         early_drop: bool,
         restart: int,
     ) -> None:
-        x, y = select(x_all, index), y_all[index]
+        at = Samples(index=index, x=select(x, index), y=y[index], memory=Memory())
         clean_start = restart == 0 and not self.random_start
-        point = x if clean_start else self.threat.random_start(x, noise.select(index))
+        at.point = at.x if clean_start else self.threat.random_start(at.x, noise.select(index))
+        at.trend = apply(torch.zeros_like, at.x)
         decay = (0.75 if self.threat.discrete else 0.0) if self.momentum is None else self.momentum
-        trend = apply(torch.zeros_like, x)
         for step in range(self.steps):
-            found = oracle.value_and_grad(point, y, get_loss(self.loss))
-            check_labels(y, found.logits.shape[1])
+            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory)
+            check_labels(at.y, found.logits.shape[1])
             done = restart * self.steps + step
-            progress.record(index, point, found.loss, found.logits.argmax(1) != y, done, oracle.eot, found)
-            gradient = apply(lambda g: torch.nan_to_num(g, 0.0, 0.0, 0.0), found.grad)
+            progress.record(at.index, at.point, found.loss, found.logits.argmax(1) != at.y, done, oracle.eot, found)
+            at.gradient = finite(found.grad)
             if early_drop:
-                alive = ~(progress.success | progress.invalid)[index]
-                if not bool(alive.all()):
-                    index, x, y, point = index[alive], select(x, alive), y[alive], select(point, alive)
-                    gradient, trend = select(gradient, alive), select(trend, alive)
-                if len(index) == 0:
+                at.keep(progress.open(at.index))
+                if len(at.index) == 0:
                     return
             if decay:
-                trend = apply(lambda m, g: decay * m + _normalised(g), trend, gradient)
-                gradient = trend
+                at.trend = apply(lambda m, g: decay * m + normalised(g), at.trend, at.gradient)
+                at.gradient = at.trend
             size = self.threat.default_step(self.steps, step) if self.step_size is None else parse_eps(self.step_size)
-            point = self.threat.project(self.threat.steepest_step(point, gradient, x, size), x)
-        loss, wrong = _evaluate(oracle, point, x, y, self.loss)
-        progress.record(index, point, loss, wrong, (restart + 1) * self.steps, 1)
-
-
-def _normalised(grad: Tensor) -> Tensor:
-    """Divide by the mean absolute value per sample, safely for gradients of any scale."""
-    top = grad.abs().flatten(1).amax(1).view(-1, *[1] * (grad.dim() - 1))
-    scaled = grad / top.clamp_min(torch.finfo(grad.dtype).tiny)
-    mean = scaled.abs().flatten(1).mean(1).view_as(top)
-    return scaled / mean.clamp_min(torch.finfo(grad.dtype).tiny)
+            at.point = self.threat.project(self.threat.steepest_step(at.point, at.gradient, at.x, size), at.x)
+        loss, wrong = value(oracle, at.point, at.y, self.loss)
+        progress.record(at.index, at.point, loss, wrong, (restart + 1) * self.steps, 1)
 
 
 @dataclass(frozen=True)
@@ -235,8 +219,5 @@ class RandomNoise(Attack):
         everyone = torch.arange(len(y), device=y.device)
         for draw in range(self.draws):
             point = self.threat.sample(x, noise.fork("draw", draw))
-            loss, wrong = _evaluate(oracle, point, x, y, "margin")
+            loss, wrong = value(oracle, point, y, "margin")
             progress.record(everyone, point, loss, wrong, draw + 1, 1)
-
-
-ATTACKS: dict[str, type[Attack]] = {attack.kind: attack for attack in (FGSM, RFGSM, PGD, RandomNoise)}

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DistributedSampler, SequentialSampler
 
-from sg_lightning.attacks import BPTT, Oracle, Suite, load_suite, read_suite
+from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite, read_suite
 from sg_lightning.callbacks.loggers import log_result
 from sg_lightning.domains import Domain
 from sg_lightning.evaluation import RobustnessResult
@@ -59,7 +59,7 @@ class RobustnessEvaluation(Callback):
         max_samples: int | None = None,
         seed: int = 0,
         check_samples_count: int = 0,
-        estimator: BPTT | None = None,
+        estimator: Estimator | None = None,
         eot: int = 1,
         votes: int = 1,
         out: str | Path | None = None,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from sg_lightning.attacks import BPTT, Oracle, Suite, load_suite
+from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite
 from sg_lightning.domains import Domain
 from sg_lightning.evaluation.data import Source, check_samples, to_device
 from sg_lightning.evaluation.result import RobustnessResult
@@ -31,7 +31,7 @@ def evaluate(
     batch_size: int = 128,
     out: str | Path | None = None,
     seed: int = 0,
-    estimator: BPTT | None = None,
+    estimator: Estimator | None = None,
     eot: int = 1,
     votes: int = 1,
     check_samples_count: int = 128,

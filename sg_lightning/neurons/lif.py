@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
-from sg_lightning.neurons import fused, reference
+from sg_lightning.neurons import fused, reference, rules
 from sg_lightning.neurons.base import (
     Dynamics,
     Reset,
@@ -17,6 +18,7 @@ from sg_lightning.neurons.base import (
     checked_parameter,
     resolve_surrogate,
 )
+from sg_lightning.neurons.rules import BackwardRule, GivenSlopes, SlopeRule
 from sg_lightning.neurons.surrogates import Surrogate
 
 Backend = Literal["fused", "reference"]
@@ -158,6 +160,8 @@ class LIF(_LeakyFire):
     def forward(self, x: Tensor) -> Tensor:
         """Return the spikes (T, B, ...) that the currents ``x`` (T, B, ...) cause, starting from rest."""
         self._check(x)
+        if isinstance(self.attack_rule, BackwardRule) and torch.is_grad_enabled() and x.requires_grad:
+            return rules.simulate(self, x, self._leak(), self.threshold, self.dynamics, self.attack_rule)
         if self.backend == "fused":
             return fused.simulate(x, self._leak(), self.threshold, self.dynamics, self.gradient_rule)[0]
         beta, theta = self._broadcast(x)
@@ -223,6 +227,8 @@ class RecurrentLIF(_LeakyFire):
         ValueError: As in :class:`LIF`, and if N of the input is not ``features``.
     """
 
+    slopes_only: ClassVar[bool] = True  # other rules do not say what becomes of the feedback
+
     def __init__(
         self,
         features: int,
@@ -256,5 +262,11 @@ class RecurrentLIF(_LeakyFire):
                 f"RecurrentLIF has {self.features} neurons but the input {tuple(x.shape)} has {x.shape[2]}"
             )
         beta, theta = self._broadcast(x)
-        rule = self.gradient_rule
+        rule: Surrogate | list[Surrogate] = self.gradient_rule
+        if isinstance(self.attack_rule, SlopeRule) and torch.is_grad_enabled() and x.requires_grad:
+            with (
+                torch.no_grad()
+            ):  # the slopes may depend on all membranes, which the feedback makes known only step by step
+                u = reference.simulate(x, beta, theta, self.dynamics, rule, recurrent=self.recurrent)[1]
+                rule = [GivenSlopes(step) for step in self.attack_rule.slopes(self, u - theta).unbind(0)]
         return reference.simulate(x, beta, theta, self.dynamics, rule, recurrent=self.recurrent)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from sg_lightning.attacks.base import Attack
-from sg_lightning.attacks.gradient import ATTACKS
+from sg_lightning.attacks.registry import make_attack
 from sg_lightning.domains import Domain
 from sg_lightning.threats import Budgets, Threat
 from sg_lightning.threats.budget import THREATS
@@ -159,17 +159,18 @@ def _items(name: str, content: dict[str, Any], norm: str) -> list[dict[str, Any]
                 f"suite {name!r}: 'only' names unknown norms {sorted(strange)}; known: {', '.join(_ORDER)}"
             )
         if norm in only:
-            items.append({key: value for key, value in item.items() if key != "only"})
+            settings = {key: value for key, value in item.items() if key not in ("only", "estimators")}
+            swaps = item.get("estimators", [settings.pop("estimator", None)])
+            if not isinstance(swaps, list) or not swaps:
+                raise ValueError(
+                    f"suite {name!r}: 'estimators' is a list such as [training, {{name: atan, alpha: 5}}], got {swaps!r}"
+                )
+            items += [settings if swap is None else {**settings, "estimator": swap} for swap in swaps]
     return items
 
 
 def _build(name: str, item: dict[str, Any], threat: Threat) -> Attack:
-    settings = dict(item)
-    kind = settings.pop("attack")
-    if kind not in ATTACKS:
-        raise ValueError(f"suite {name!r} names the unknown attack {kind!r}; known attacks: {', '.join(ATTACKS)}")
-    known = {f.name for f in fields(ATTACKS[kind])} - {"threat"}
-    strange = set(settings) - known
-    if strange:
-        raise ValueError(f"suite {name!r}: {kind} has no setting {sorted(strange)}; known: {', '.join(sorted(known))}")
-    return ATTACKS[kind](threat, **settings)
+    try:
+        return make_attack(threat, **item)
+    except ValueError as error:
+        raise ValueError(f"suite {name!r}: {error}") from error
