@@ -113,6 +113,7 @@ class Attack(ABC):
     threat: Threat
     estimator: Estimator | None = field(default=None, kw_only=True)
     kind: ClassVar[str]
+    gradient_free: ClassVar[bool] = False  # True: asks the attacked model for logits only
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, Threat):
