@@ -6,6 +6,9 @@ from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, RandomNoise
 from sg_lightning.attacks.losses import LOSSES
 from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.registry import ATTACKS, ESTIMATORS, make_attack, make_estimator
+from sg_lightning.attacks.sparse_search import FlipSearch, SparseRS
+from sg_lightning.attacks.square import Square
+from sg_lightning.attacks.substitute import Substitute, with_substitutes
 from sg_lightning.attacks.suites import Entry, Suite, load_suite, read_suite, suite_names
 from sg_lightning.attacks.verification import Verdict, verify
 
@@ -21,8 +24,12 @@ __all__ = [
     "AttackResult",
     "Entry",
     "Estimator",
+    "FlipSearch",
     "Oracle",
     "RandomNoise",
+    "SparseRS",
+    "Square",
+    "Substitute",
     "Suite",
     "Verdict",
     "load_suite",
@@ -31,4 +38,5 @@ __all__ = [
     "read_suite",
     "suite_names",
     "verify",
+    "with_substitutes",
 ]

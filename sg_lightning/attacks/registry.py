@@ -9,10 +9,14 @@ from typing import Any
 from sg_lightning.attacks.base import Attack
 from sg_lightning.attacks.estimators import BPTT, Estimator
 from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, RandomNoise
+from sg_lightning.attacks.sparse_search import FlipSearch, SparseRS
+from sg_lightning.attacks.square import Square
 from sg_lightning.neurons import surrogates
 from sg_lightning.threats import Threat
 
-ATTACKS: dict[str, type[Attack]] = {attack.kind: attack for attack in (FGSM, RFGSM, PGD, RandomNoise)}
+ATTACKS: dict[str, type[Attack]] = {
+    attack.kind: attack for attack in (FGSM, RFGSM, PGD, RandomNoise, Square, SparseRS, FlipSearch)
+}
 ESTIMATORS: dict[str, type[Estimator]] = {estimator.name: estimator for estimator in (BPTT,)}
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from sg_lightning.evaluation.rows import Row
 
@@ -23,12 +23,12 @@ class Check:
     norm: str = ""
 
 
-def run_checks(rows: Sequence[Row], order: Sequence[tuple[str, str, str]], meta: dict[str, Any]) -> list[Check]:
+def run_checks(rows: Sequence[Row], order: Sequence[tuple[str, str, str, bool]], meta: dict[str, Any]) -> list[Check]:
     """Derive every check that the attacks of the suite allow.
 
     Args:
         rows: All rows; those of phase ``"check"`` hold each attack on the same samples, un-cascaded.
-        order: ``(norm, headline eps, attack)`` from cheap to dear, without the control.
+        order: ``(norm, headline eps, attack, whether it takes no gradients)`` from cheap to dear, without the control.
         meta: ``stochastic``, ``eot``, ``votes``, ``classes``.
     """
     checks = [_gradients(rows), *_randomness(meta), _clean(rows, meta)]
@@ -43,12 +43,15 @@ def run_checks(rows: Sequence[Row], order: Sequence[tuple[str, str, str]], meta:
     for row in rows:
         if row.phase == "check":
             robust[row.norm, row.eps, row.attack][row.id] = row.clean and row.status == "survived"
-    for norm in dict.fromkeys(norm for norm, _, _ in order):
-        eps = next(e for n, e, _ in order if n == norm)
-        attacks = [(a, robust[norm, eps, a]) for n, _, a in order if n == norm and robust.get((norm, eps, a))]
-        if attacks:
+    for norm in dict.fromkeys(norm for norm, *_ in order):
+        eps = next(e for n, e, *_ in order if n == norm)
+        white, black = (
+            [(a, robust[n, e, a]) for n, e, a, free in order if n == norm and free is box and robust.get((n, e, a))]
+            for box in (False, True)
+        )
+        if white or black:
             huge = [(e, got) for (n, e, a), got in robust.items() if n == norm and e != eps]
-            checks += _of_norm(norm, attacks, robust.get((norm, eps, "random"), {}), huge)
+            checks += _of_norm(norm, white, black, robust.get((norm, eps, "random"), {}), huge)
     return checks
 
 
@@ -56,21 +59,21 @@ def _share(found: dict[int, bool]) -> float:
     return sum(found.values()) / len(found) if found else 0.0
 
 
-def _of_norm(
-    norm: str,
-    attacks: list[tuple[str, dict[int, bool]]],
-    control: dict[int, bool],
-    huge: list[tuple[str, dict[int, bool]]],
-) -> list[Check]:
+Found: TypeAlias = list[tuple[str, dict[int, bool]]]  # attack, and whether each sample is robust to it
+
+
+def _of_norm(norm: str, white: Found, black: Found, control: dict[int, bool], huge: Found) -> list[Check]:
     checks = []
-    samples = len(attacks[0][1])
+    samples = len((white + black)[0][1])
     slack = max(1, round(0.01 * samples)) / samples
-    for (weak, before), (strong, after) in pairwise(attacks):
+    for (weak, before), (strong, after) in pairwise(white):
         name = "iterative at least as strong as single step" if weak == "fgsm" else "more steps at least as strong"
         status: Outcome = "pass" if _share(after) <= _share(before) + slack else "fail"
         detail = f"{weak} leaves {_share(before):.1%}, {strong} {_share(after):.1%} of {samples} samples"
         checks.append(Check(name, status, detail, norm))
-    best, strongest = min(attacks, key=lambda item: _share(item[1]))
+    if white and black:
+        checks.append(_black_box(norm, white, black))
+    best, strongest = min(white + black, key=lambda item: _share(item[1]))
     if control:
         status = "pass" if _share(strongest) <= _share(control) else "fail"
         detail = (
@@ -83,6 +86,21 @@ def _of_norm(
         detail = f"at eps = {eps} (half the domain everywhere, or every input) {share:.1%} of {samples} samples survive"
         checks.append(Check("accuracy falls to zero as eps grows", status, detail, norm))
     return checks
+
+
+def _black_box(norm: str, white: Found, black: Found) -> Check:
+    """Count the samples that an attack without gradients breaks and no attack with gradients does."""
+    best, strongest = min(white, key=lambda item: _share(item[1]))
+    left = [i for i in strongest if all(robust.get(i, True) for _, robust in white)]
+    missed = {name: sum(not robust.get(i, True) for i in left) for name, robust in black}
+    total = sum(any(not robust.get(i, True) for _, robust in black) for i in left)
+    status: Outcome = "pass" if total == 0 else "fail" if total >= 2 and total > 0.01 * len(strongest) else "warn"
+    shares = ", ".join(f"{name} leaves {_share(robust):.1%} and breaks {missed[name]} more" for name, robust in black)
+    detail = (
+        f"attacks with gradients leave {len(left)} of {len(strongest)} samples (the best, {best}, {_share(strongest):.1%}); "
+        f"without, {total} of these break: {shares}"
+    )
+    return Check("white box at least as strong as black box", status, detail, norm)
 
 
 def _gradients(rows: Sequence[Row]) -> Check:

@@ -15,9 +15,9 @@ from torch import Tensor
 from sg_lightning._version import __version__
 from sg_lightning.attacks import Attack, Oracle, RandomNoise, Suite, verify
 from sg_lightning.attacks.base import check_batch
-from sg_lightning.evaluation.data import fingerprint_model, fingerprint_samples
 from sg_lightning.evaluation.result import RobustnessResult
 from sg_lightning.evaluation.rows import Phase, Row, Status
+from sg_lightning.fingerprint import fingerprint_model, fingerprint_samples
 from sg_lightning.inputs import Input, detached, select
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import Threat
@@ -104,7 +104,7 @@ class RobustnessRun:
                 attacks = [*entry.attacks, RandomNoise(entry.threat)]
                 huge = overwhelming(entry.threat, batch.x)
                 if huge is not None:
-                    attacks.append(entry.attacks[-1].with_threat(huge))
+                    attacks.append(entry.strongest.with_threat(huge))
                 for attack in attacks:
                     rows += self._attack(attack, batch, batch.clean, "check")[1]
         return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite
+from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite, with_substitutes
 from sg_lightning.domains import Domain
 from sg_lightning.evaluation.data import Source, check_samples, to_device
 from sg_lightning.evaluation.result import RobustnessResult
@@ -34,6 +34,7 @@ def evaluate(
     estimator: Estimator | None = None,
     eot: int = 1,
     votes: int = 1,
+    substitutes: Mapping[str, Callable[..., Any]] | None = None,
     check_samples_count: int = 128,
     progress: bool = True,
 ) -> RobustnessResult:
@@ -56,6 +57,8 @@ def evaluate(
         estimator: Gradient estimator of the attacks for spiking neurons; ``None``: the training surrogate.
         eot: Gradients averaged per step, for stochastic models.
         votes: Forward passes whose majority decides, for stochastic models.
+        substitutes: Other models by name, e.g. ``{"ann": twin, "seed2": net}``: the strongest gradient attack of each
+            norm and budget is crafted on each of them too and judged by the model (``transfer-ann/pgd-40x2``).
         check_samples_count: Samples on which all attacks run, for the honesty checks; 0 switches them off.
         progress: Show a progress bar on stderr.
 
@@ -74,13 +77,19 @@ def evaluate(
     domain = domain or source.domain or Domain()
     source.check(domain)
     budgets = budgets or source.budgets or {}
-    resolved = load_suite(suite, budgets, domain)
+    substitutes = substitutes or {}
+    resolved = with_substitutes(load_suite(suite, budgets, domain), substitutes)
     oracle = Oracle(model, estimator=estimator, eot=eot, votes=votes)
     device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
     batches = source.batches(batch_size)
     first = next(batches)
     check_samples(first[0], first[1], domain)
     _ask_one(oracle, first[0], device)
+    for name, other in substitutes.items():
+        asked = Oracle(other)
+        _ask_one(asked, first[0], device)
+        if asked.classes != oracle.classes:
+            raise ValueError(f"the substitute {name!r} has {asked.classes} classes, the model {oracle.classes}")
     session = Session(
         oracle, resolved, samples=len(source), seed=seed, check_samples_count=check_samples_count, out=out
     )

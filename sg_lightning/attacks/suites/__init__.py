@@ -29,6 +29,11 @@ class Entry:
     attacks: tuple[Attack, ...]
     headline: bool
 
+    @property
+    def strongest(self) -> Attack:
+        """The dearest attack that follows gradients; the dearest of all if none does."""
+        return next((a for a in reversed(self.attacks) if not a.gradient_free), self.attacks[-1])
+
 
 @dataclass(frozen=True)
 class Suite:
