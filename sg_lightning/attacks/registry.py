@@ -8,6 +8,7 @@ from typing import Any
 
 from sg_lightning.attacks.apgd import APGD
 from sg_lightning.attacks.base import Attack
+from sg_lightning.attacks.estimators import ASSG, BPTR, BPTT, HART, PDSG, RGA, Act, Estimator, Mix
 from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, MultiTargeted, RandomNoise
 from sg_lightning.attacks.sapgd import SAPGD
 from sg_lightning.neurons import surrogates
@@ -16,9 +17,9 @@ from sg_lightning.threats import Threat
 ATTACKS: dict[str, type[Attack]] = {
     attack.kind: attack for attack in (FGSM, RFGSM, PGD, MultiTargeted, APGD, SAPGD, RandomNoise)
 }
-from sg_lightning.attacks.estimators import ASSG, BPTR, BPTT, HART, PDSG, RGA, Act, Estimator, Mix
 ESTIMATORS: dict[str, type[Estimator]] = {
     estimator.name: estimator for estimator in (BPTT, BPTR, RGA, Act, HART, Mix, PDSG, ASSG)
+}
 
 
 def make_attack(threat: Threat, attack: str, **settings: Any) -> Attack:
