@@ -3,12 +3,14 @@
 import itertools
 import json
 import math
+from dataclasses import fields
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 import snntorch as snn
 import torch
+from jsonargparse import ArgumentParser
 from torch import nn
 
 from sg_lightning.attacks import (
@@ -376,6 +378,7 @@ def test_labels_and_descriptions_tell_settings_apart():
     assert FGSM(Linf(0.1), estimator=ASSG()).name == "fgsm/assg"
     assert FGSM(Linf(0.1), estimator=ASSG(0.45, "sigmoid")).name == "fgsm/assg-0.45-sigmoid"
     assert Mix().label == "hart+bptt"
+    assert json.dumps(HART(2).describe()) == json.dumps(HART(2.0).describe())
     assert FGSM(Linf(0.1), estimator=Mix()).describe()["estimator"] == {
         "name": "mix", "estimators": [{"name": "hart", "gamma": 1.0}, {"name": "bptt"}],
     }  # fmt: skip
@@ -425,17 +428,42 @@ def test_suites_name_estimators_and_ensembles(tmp_path):
         load_suite(path, budgets, Box())
 
 
+@pytest.mark.parametrize("estimator", [*ESTIMATORS.values(), PDSG("batch"), ASSG(0.4, "sigmoid"), Mix(), Mix((ASSG(), PDSG()))],
+                         ids=lambda e: e.label)  # fmt: skip
+def test_configs_give_an_estimator_by_its_class(estimator):
+    def written(part):
+        settings = {f.name: getattr(part, f.name) for f in fields(part)}
+        if isinstance(part, Mix):
+            settings["estimators"] = [] if part == Mix() else [written(member) for member in part.estimators]
+        if isinstance(part, BPTT):
+            settings["surrogate"] = written(part.surrogate)
+        return {"class_path": f"{type(part).__module__}.{type(part).__name__}", "init_args": settings}
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Attack, "attack")
+    threat = {"class_path": "sg_lightning.threats.Linf", "init_args": {"eps": 0.1}}
+    attack = {
+        "class_path": "sg_lightning.attacks.FGSM",
+        "init_args": {"threat": threat, "estimator": written(estimator)},
+    }
+    config = parser.parse_object({"attack": attack})
+    build = getattr(parser, "instantiate", parser.instantiate_classes)  # the second name is deprecated since 4.49
+    for read in (config, parser.parse_string(parser.dump(config))):
+        assert build(read).attack == FGSM(Linf(0.1), estimator=estimator)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: ASSG(0.5), ValueError, "a must lie between 0 and 0.5, got 0.5"),
-        (lambda: ASSG(math.nan), ValueError, "a must lie"),
+        (lambda: ASSG(0.5), ValueError, "assg: a must be a number above 0 and below 0.5, got 0.5"),
+        (lambda: ASSG(math.nan), ValueError, "assg: a must be"),
+        (lambda: ASSG("0.4"), ValueError, "got '0.4'"),
         (lambda: ASSG(family="tanh"), ValueError, "unknown family 'tanh'; choose one of atan, sigmoid"),
-        (lambda: ASSG(relax=-1.0), ValueError, "relax"),
-        (lambda: ASSG(decay=1.0), ValueError, "decay must be in"),
-        (lambda: HART(0.0), ValueError, "must be a finite number above 0"),
+        (lambda: ASSG(relax=-1.0), ValueError, "relax must be a number 0 or more and below inf, got -1.0"),
+        (lambda: ASSG(decay=1.0), ValueError, "decay must be a number 0 or more and below 1"),
+        (lambda: HART(0.0), ValueError, "hart: gamma must be a number above 0 and below inf, got 0.0"),
         (lambda: RGA(gamma=-0.1), ValueError, "gamma"),
-        (lambda: RGA(saturation=1.0), ValueError, "saturation must be a finite number above 1"),
+        (lambda: RGA(saturation=1.0), ValueError, "saturation must be a number above 1"),
         (lambda: PDSG("channel"), ValueError, "statistics must be one of sample, batch, got 'channel'"),
         (lambda: Mix((HART(),)), ValueError, "two or more estimators, all different"),
         (lambda: Mix((HART(), HART())), ValueError, "all different"),
