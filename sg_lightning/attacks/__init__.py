@@ -1,5 +1,6 @@
 """The attack engine: optimisers inside a threat model that touch the model through an Oracle only."""
 
+from sg_lightning.attacks.adapters import Advertorch, Foolbox, PyAutoAttack, Torchattacks
 from sg_lightning.attacks.base import Attack, AttackResult
 from sg_lightning.attacks.estimators import BPTT, Estimator
 from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, RandomNoise
@@ -17,13 +18,17 @@ __all__ = [
     "LOSSES",
     "PGD",
     "RFGSM",
+    "Advertorch",
     "Attack",
     "AttackResult",
     "Entry",
     "Estimator",
+    "Foolbox",
     "Oracle",
+    "PyAutoAttack",
     "RandomNoise",
     "Suite",
+    "Torchattacks",
     "Verdict",
     "load_suite",
     "make_attack",

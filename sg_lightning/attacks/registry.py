@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from sg_lightning.attacks.adapters import Advertorch, Foolbox, PyAutoAttack, Torchattacks
 from sg_lightning.attacks.base import Attack
 from sg_lightning.attacks.estimators import BPTT, Estimator
 from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, RandomNoise
 from sg_lightning.neurons import surrogates
 from sg_lightning.threats import Threat
 
-ATTACKS: dict[str, type[Attack]] = {attack.kind: attack for attack in (FGSM, RFGSM, PGD, RandomNoise)}
+ATTACKS: dict[str, type[Attack]] = {
+    attack.kind: attack for attack in (FGSM, RFGSM, PGD, RandomNoise, Advertorch, Torchattacks, Foolbox, PyAutoAttack)
+}
 ESTIMATORS: dict[str, type[Estimator]] = {estimator.name: estimator for estimator in (BPTT,)}
 
 
