@@ -1,5 +1,6 @@
 """The attack engine: optimisers inside a threat model that touch the model through an Oracle only."""
 
+from sg_lightning.attacks.adapters import Advertorch, Foolbox, PyAutoAttack, Torchattacks
 from sg_lightning.attacks.apgd import APGD
 from sg_lightning.attacks.base import Attack, AttackResult
 from sg_lightning.attacks.estimators import ASSG, BPTR, BPTT, ENSEMBLES, HART, PDSG, RGA, Act, Estimator, Mix
@@ -29,15 +30,19 @@ __all__ = [
     "RGA",
     "SAPGD",
     "Act",
+    "Advertorch",
     "Attack",
     "AttackResult",
     "Entry",
     "Estimator",
+    "Foolbox",
     "Mix",
     "MultiTargeted",
     "Oracle",
+    "PyAutoAttack",
     "RandomNoise",
     "Suite",
+    "Torchattacks",
     "Verdict",
     "load_suite",
     "make_attack",

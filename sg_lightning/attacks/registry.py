@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from sg_lightning.attacks.adapters import Advertorch, Foolbox, PyAutoAttack, Torchattacks
 from sg_lightning.attacks.apgd import APGD
 from sg_lightning.attacks.base import Attack
 from sg_lightning.attacks.estimators import ASSG, BPTR, BPTT, HART, PDSG, RGA, Act, Estimator, Mix
@@ -15,7 +16,20 @@ from sg_lightning.neurons import surrogates
 from sg_lightning.threats import Threat
 
 ATTACKS: dict[str, type[Attack]] = {
-    attack.kind: attack for attack in (FGSM, RFGSM, PGD, MultiTargeted, APGD, SAPGD, RandomNoise)
+    attack.kind: attack
+    for attack in (
+        FGSM,
+        RFGSM,
+        PGD,
+        MultiTargeted,
+        APGD,
+        SAPGD,
+        RandomNoise,
+        Advertorch,
+        Torchattacks,
+        Foolbox,
+        PyAutoAttack,
+    )
 }
 ESTIMATORS: dict[str, type[Estimator]] = {
     estimator.name: estimator for estimator in (BPTT, BPTR, RGA, Act, HART, Mix, PDSG, ASSG)
