@@ -71,22 +71,34 @@ class Progress:
         found: Gradient | None = None,
     ) -> None:
         """Keep the evaluated points of the samples ``index`` that improve on what is held; ``found`` with a gradient."""
-        open_ = ~self.invalid[index]
-        if self.goal == "success":
-            open_ &= ~self.success[index]
-            first = wrong & open_
-        else:
-            first = torch.zeros_like(wrong)
+        open_ = self._spend(index, iteration, queries, found)
+        first = wrong & open_ if self.goal == "success" else torch.zeros_like(wrong)
         better = open_ & (first | (loss.double() > self.loss[index]))
         kept = index[better]
         assign(self.x_adv, kept, select(x_adv, better))
         self.loss[kept] = loss[better].double()
         self.success[kept] = wrong[better] if self.goal == "loss" else first[better]
-        self.queries[index[open_]] += queries
-        self.iterations[index[open_]] = iteration
+        self._mark(index, found)
+
+    def _spend(self, index: Tensor, iteration: int, queries: int, found: Gradient | None = None) -> Tensor:
+        """Count what the samples ``index`` cost; return who was still searched, bool."""
+        searched = ~self.invalid[index]
+        if self.goal == "success":
+            searched &= ~self.success[index]
+        self.queries[index[searched]] += queries
+        self.iterations[index[searched]] = iteration
         if found is not None:
-            self.gradients[index[open_]] += 1
-            self.zero_gradients[index[open_]] += found.zero[open_].long()
+            self.gradients[index[searched]] += 1
+            self.zero_gradients[index[searched]] += found.zero[searched].long()
+        return searched
+
+    def discard(self, index: Tensor, iteration: int, queries: int, found: Gradient | None = None) -> None:
+        """Count a point outside the threat, which a search may pass through but never keeps."""
+        self._spend(index, iteration, queries, found)
+        self._mark(index, found)
+
+    def _mark(self, index: Tensor, found: Gradient | None) -> None:
+        if found is not None:
             self.invalid[index] |= found.invalid & ~self.success[index]
 
     def open(self, index: Tensor) -> Tensor:

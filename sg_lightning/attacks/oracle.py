@@ -113,6 +113,11 @@ class Oracle:
         """Every sub-module of the model; empty for a plain function."""
         return list(self.model.modules()) if isinstance(self.model, nn.Module) else []
 
+    @property
+    def passes(self) -> int:
+        """Forward passes behind one gradient."""
+        return self.eot * (1 if self.estimator is None else len(self.estimator.parts))
+
     def using(self, estimator: Estimator | None) -> Oracle:
         """Return an oracle of the same model and the same counts with another estimator (``None``: this one)."""
         if estimator is None:
