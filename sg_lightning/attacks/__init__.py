@@ -1,15 +1,18 @@
 """The attack engine: optimisers inside a threat model that touch the model through an Oracle only."""
 
+from sg_lightning.attacks.apgd import APGD
 from sg_lightning.attacks.base import Attack, AttackResult
 from sg_lightning.attacks.estimators import BPTT, Estimator
-from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, RandomNoise
+from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, MultiTargeted, RandomNoise
 from sg_lightning.attacks.losses import LOSSES
 from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.registry import ATTACKS, ESTIMATORS, make_attack, make_estimator
+from sg_lightning.attacks.sapgd import SAPGD
 from sg_lightning.attacks.suites import Entry, Suite, load_suite, read_suite, suite_names
 from sg_lightning.attacks.verification import Verdict, verify
 
 __all__ = [
+    "APGD",
     "ATTACKS",
     "BPTT",
     "ESTIMATORS",
@@ -17,10 +20,12 @@ __all__ = [
     "LOSSES",
     "PGD",
     "RFGSM",
+    "SAPGD",
     "Attack",
     "AttackResult",
     "Entry",
     "Estimator",
+    "MultiTargeted",
     "Oracle",
     "RandomNoise",
     "Suite",

@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from sg_lightning.attacks.apgd import APGD
 from sg_lightning.attacks.base import Attack
 from sg_lightning.attacks.estimators import BPTT, Estimator
-from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, RandomNoise
+from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, MultiTargeted, RandomNoise
+from sg_lightning.attacks.sapgd import SAPGD
 from sg_lightning.neurons import surrogates
 from sg_lightning.threats import Threat
 
-ATTACKS: dict[str, type[Attack]] = {attack.kind: attack for attack in (FGSM, RFGSM, PGD, RandomNoise)}
+ATTACKS: dict[str, type[Attack]] = {
+    attack.kind: attack for attack in (FGSM, RFGSM, PGD, MultiTargeted, APGD, SAPGD, RandomNoise)
+}
 ESTIMATORS: dict[str, type[Estimator]] = {estimator.name: estimator for estimator in (BPTT,)}
 
 

@@ -115,7 +115,7 @@ class RobustnessEvaluation(Callback):
         self._samples = total if self.max_samples is None else min(total, self.max_samples)
         oracle = Oracle(pl_module, estimator=self.estimator, eot=self.eot, votes=self.votes)
         self._session = Session(
-            oracle, self._resolve(trainer), samples=self._samples, seed=self.seed,
+            oracle, self._resolve(trainer).applicable(pl_module)[0], samples=self._samples, seed=self.seed,
             check_samples_count=self.check_samples_count,
             # While training, each epoch is another network: nothing to go on with.
             out=None if fitting else self._folder(trainer),
