@@ -5,9 +5,11 @@ from sg_lightning.attacks.base import Attack, AttackResult
 from sg_lightning.attacks.estimators import BPTT, Estimator
 from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, MultiTargeted, RandomNoise
 from sg_lightning.attacks.losses import LOSSES
+from sg_lightning.attacks.minimal import DDN, FMN, SigmaZero
 from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.registry import ATTACKS, ESTIMATORS, make_attack, make_estimator
 from sg_lightning.attacks.sapgd import SAPGD
+from sg_lightning.attacks.sparse import PGD0, SPGD
 from sg_lightning.attacks.suites import Entry, Suite, load_suite, read_suite, suite_names
 from sg_lightning.attacks.verification import Verdict, verify
 
@@ -15,12 +17,16 @@ __all__ = [
     "APGD",
     "ATTACKS",
     "BPTT",
+    "DDN",
     "ESTIMATORS",
     "FGSM",
+    "FMN",
     "LOSSES",
     "PGD",
+    "PGD0",
     "RFGSM",
     "SAPGD",
+    "SPGD",
     "Attack",
     "AttackResult",
     "Entry",
@@ -28,6 +34,7 @@ __all__ = [
     "MultiTargeted",
     "Oracle",
     "RandomNoise",
+    "SigmaZero",
     "Suite",
     "Verdict",
     "load_suite",

@@ -10,13 +10,17 @@ from sg_lightning.attacks.apgd import APGD
 from sg_lightning.attacks.base import Attack
 from sg_lightning.attacks.estimators import BPTT, Estimator
 from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, MultiTargeted, RandomNoise
+from sg_lightning.attacks.minimal import DDN, FMN, SigmaZero
 from sg_lightning.attacks.sapgd import SAPGD
+from sg_lightning.attacks.sparse import PGD0, SPGD
 from sg_lightning.neurons import surrogates
 from sg_lightning.threats import Threat
 
 ATTACKS: dict[str, type[Attack]] = {
-    attack.kind: attack for attack in (FGSM, RFGSM, PGD, MultiTargeted, APGD, SAPGD, RandomNoise)
-}
+    attack.kind: attack for attack in (
+        FGSM, RFGSM, PGD, MultiTargeted, APGD, SAPGD, PGD0, SPGD, SigmaZero, DDN, FMN, RandomNoise,
+    )
+}  # fmt: skip
 ESTIMATORS: dict[str, type[Estimator]] = {estimator.name: estimator for estimator in (BPTT,)}
 
 
