@@ -46,6 +46,14 @@ class AttackResult:
     gradients: Tensor
     zero_gradients: Tensor
 
+    def again(self, index: Tensor) -> AttackResult:
+        """Return what was found for the samples ``index``, at no further cost."""
+        free = torch.zeros_like(index)
+        return AttackResult(
+            select(self.x_adv, index), self.success[index], self.invalid[index], self.loss[index],
+            self.iterations[index], free, free, free,
+        )  # fmt: skip
+
 
 class Progress:
     """The best point so far of every sample of a batch; attacks report what they evaluated."""

@@ -103,6 +103,11 @@ class MinimalNorm(Attack):
         self, oracle: Oracle, x: Input, y: Tensor, noise: SampleGenerator, progress: Progress, early_drop: bool
     ) -> None:
         assert isinstance(progress, Smallest)
+        if oracle.stochastic:
+            raise ValueError(
+                f"{self.name} needs a model that always answers the same: near the decision boundary of a random model the "
+                "smallest example found is a lucky draw; use PGD or APGD with eot and votes"
+            )
         everyone = torch.arange(len(y), device=y.device)
         at = Samples(index=everyone, x=x, y=y, point=x, noise=noise, memory=Memory())
         self._begin(at)
