@@ -2,7 +2,7 @@
 
 from sg_lightning.attacks.apgd import APGD
 from sg_lightning.attacks.base import Attack, AttackResult
-from sg_lightning.attacks.estimators import BPTT, Estimator
+from sg_lightning.attacks.estimators import ASSG, BPTR, BPTT, ENSEMBLES, HART, PDSG, RGA, Act, Estimator, Mix
 from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, MultiTargeted, RandomNoise
 from sg_lightning.attacks.losses import LOSSES
 from sg_lightning.attacks.minimal import DDN, FMN, SigmaZero
@@ -11,26 +11,35 @@ from sg_lightning.attacks.registry import ATTACKS, ESTIMATORS, make_attack, make
 from sg_lightning.attacks.sapgd import SAPGD
 from sg_lightning.attacks.sparse import PGD0, SPGD
 from sg_lightning.attacks.suites import Entry, Suite, load_suite, read_suite, suite_names
+from sg_lightning.attacks.tuning import tune
 from sg_lightning.attacks.verification import Verdict, verify
 
 __all__ = [
     "APGD",
+    "ASSG",
     "ATTACKS",
+    "BPTR",
     "BPTT",
     "DDN",
+    "ENSEMBLES",
     "ESTIMATORS",
     "FGSM",
     "FMN",
+    "HART",
     "LOSSES",
+    "PDSG",
     "PGD",
     "PGD0",
     "RFGSM",
+    "RGA",
     "SAPGD",
     "SPGD",
+    "Act",
     "Attack",
     "AttackResult",
     "Entry",
     "Estimator",
+    "Mix",
     "MultiTargeted",
     "Oracle",
     "RandomNoise",
@@ -42,5 +51,6 @@ __all__ = [
     "make_estimator",
     "read_suite",
     "suite_names",
+    "tune",
     "verify",
 ]

@@ -195,10 +195,11 @@ class Attack(ABC):
         self.threat.check(x)
         noise = as_sample_generator(generator, batch_size(x))
         oracle = oracle.using(self.estimator)
+        drop = early_drop and goal == "success" and not oracle.stochastic and oracle.per_sample
         with oracle.attacking():
             x, y = detached(x), y.detach().clone()
             progress = self._progress(x, goal)
-            self._search(oracle, x, y, noise, progress, early_drop and goal == "success" and not oracle.stochastic)
+            self._search(oracle, x, y, noise, progress, drop)
             if oracle.stochastic and goal == "success":
                 # A single noisy error is no success: the majority of fresh draws decides.
                 progress.success = oracle.misclassified(progress.x_adv, y) & ~progress.invalid

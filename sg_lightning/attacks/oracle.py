@@ -131,6 +131,11 @@ class Oracle:
         """Whether a sub-module declares itself random (attribute ``stochastic``)."""
         return any(getattr(module, "stochastic", False) is True for module in self.modules)
 
+    @property
+    def per_sample(self) -> bool:
+        """Whether the estimator's gradient of a sample depends on nothing but the sample."""
+        return self.estimator is None or self.estimator.per_sample
+
     @contextmanager
     def attacking(self) -> Iterator[None]:
         """Enter evaluation state; leave everything as it was."""

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from sg_lightning.attacks.base import Attack
+from sg_lightning.attacks.estimators import ENSEMBLES
 from sg_lightning.attacks.registry import make_attack
 from sg_lightning.domains import Domain
 from sg_lightning.threats import Budgets, Threat
@@ -179,9 +180,11 @@ def _items(name: str, content: dict[str, Any], norm: str) -> list[dict[str, Any]
         if norm in only:
             settings = {key: value for key, value in item.items() if key not in ("only", "estimators")}
             swaps = item.get("estimators", [settings.pop("estimator", None)])
-            if not isinstance(swaps, list) or not swaps:
+            swaps = ENSEMBLES.get(swaps, swaps) if isinstance(swaps, str) else swaps
+            if not isinstance(swaps, list | tuple) or not swaps:
                 raise ValueError(
-                    f"suite {name!r}: 'estimators' is a list such as [training, {{name: atan, alpha: 5}}], got {swaps!r}"
+                    f"suite {name!r}: 'estimators' is a list such as [training, {{name: atan, alpha: 5}}], or one of "
+                    f"{', '.join(ENSEMBLES)}, got {swaps!r}"
                 )
             items += [settings if swap is None else {**settings, "estimator": swap} for swap in swaps]
     return items
