@@ -88,7 +88,8 @@ class PGD0(_Sparse):
     """Take a long gradient step in all pixels, then keep the eps pixels whose undoing would cost most distance.
 
     Starts at a random input projected in the same way. Keeps the first success, for survivors the point of highest
-    loss; restarts attack the survivors only.
+    loss; restarts attack the survivors only. A baseline: pixels once changed are hard to leave, even on a linear model,
+    so that SPGD, and PGD under L0, break more.
 
     Args:
         threat: An ``L0`` threat.
@@ -100,7 +101,7 @@ class PGD0(_Sparse):
 
     Raises:
         TypeError: under other threats.
-        ValueError: on settings out of range.
+        ValueError: on settings out of range, or a domain of whole numbers.
 
     Source:
         Croce and Hein, "Sparse and imperceivable adversarial attacks", arXiv 1909.05040, under L0 and box constraints.
@@ -114,6 +115,10 @@ class PGD0(_Sparse):
         super().__post_init__()
         if self.step_size is not None and parse_eps(self.step_size, "step_size") == 0:
             raise ValueError("step_size must be above 0; leave it out for the default")
+        if self._pixels.domain.lattice is not None:
+            raise ValueError(
+                f"PGD0 moves most values by little, which rounds to nothing on {self._pixels.domain}: use SPGD or PGD"
+            )
 
     def _begin(self, at: Samples) -> None:
         domain = self._pixels.domain
