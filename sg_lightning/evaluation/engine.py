@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sg_lightning._version import __version__
-from sg_lightning.attacks import Attack, Oracle, RandomNoise, Suite, verify
+from sg_lightning.attacks import Attack, AttackResult, Oracle, RandomNoise, Suite, verify
 from sg_lightning.attacks.base import check_batch
 from sg_lightning.evaluation.data import fingerprint_model, fingerprint_samples
 from sg_lightning.evaluation.result import RobustnessResult
@@ -121,15 +121,15 @@ class RobustnessRun:
         if len(index) == 0:
             return fell, rows
         part = batch.select(index)
-        stream = part.noise.fork(threat.norm, str(threat.eps), attack.name)
         with self._costing(f"{threat.norm} {threat.eps} {attack.name}" + (" (checks)" if phase == "check" else "")):
-            found = attack.run(self.oracle, part.x, part.y, generator=stream)
+            found = self._searched(attack, batch, part, index)
             verdict = verify(self.oracle, threat, part.x, found.x_adv, part.y)
         broken = verdict.counts & ~found.invalid
-        # An example outside its threat is a fault of the attack: it never counts as success, nor as robustness.
-        invalid = found.invalid | ~verdict.inside
-        fell[index] = broken | invalid
         sizes = threat.size(found.x_adv, part.x)
+        # An example outside its threat is a fault of the attack: it never counts as success, nor as robustness. But the
+        # smallest example of a sample may well be larger than eps.
+        invalid = found.invalid | ~(verdict.inside | (attack.minimal & (sizes > threat.budget)))
+        fell[index] = broken | invalid
         for k, position in enumerate(index.tolist()):
             status: Status = "invalid" if invalid[k] else "broken" if broken[k] else "survived"
             rows[position] = replace(
@@ -141,6 +141,21 @@ class RobustnessRun:
         if phase == "main" and attack.kind != "random":
             self._keep_examples(threat, part, found.x_adv, broken, sizes)
         return fell, rows
+
+    def _searched(self, attack: Attack, batch: _Batch, part: _Batch, index: Tensor) -> AttackResult:
+        """Run an attack on the samples ``index`` of a batch; a minimal-norm attack only once for all budgets."""
+        threat = attack.threat
+        if not attack.minimal:
+            stream = part.noise.fork(threat.norm, str(threat.eps), attack.name)
+            return attack.run(self.oracle, part.x, part.y, generator=stream)
+        whatever_eps = attack.with_threat(threat.with_eps(0))
+        if whatever_eps not in batch.searched:
+            found = attack.run(self.oracle, part.x, part.y, generator=part.noise.fork(threat.norm, attack.name))
+            batch.searched[whatever_eps] = index, found
+            return found
+        # Who stands now stood then: samples only ever fall.
+        before, found = batch.searched[whatever_eps]
+        return found.again(torch.searchsorted(before, index))
 
     @contextmanager
     def _costing(self, what: str) -> Iterator[None]:
@@ -196,13 +211,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Samples with their noise, whether they are right (B,), and the row that says so."""
+    """Samples with their noise, whether they are right (B,), and the row that says so.
+
+    ``searched``: what minimal-norm attacks found, and for which samples.
+    """
 
     x: Input
     y: Tensor
     clean: Tensor
     noise: SampleGenerator
     rows: list[Row]
+    searched: dict[Attack, tuple[Tensor, AttackResult]] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> _Batch:
         rows = [self.rows[k] for k in index.tolist()]

@@ -37,7 +37,8 @@ class AdversarialTraining(_Host):
         **kwargs: For the class behind the mixin.
 
     Raises:
-        ValueError: if the attack may leave the domain of the backbone, or on an unknown ``crafting_mode``.
+        ValueError: if the attack may leave the domain of the backbone or is a minimal-norm attack, or on an unknown
+            ``crafting_mode``.
 
     Source:
         Madry et al., "Towards deep learning models resistant to adversarial attacks", arXiv 1706.06083.
@@ -47,6 +48,8 @@ class AdversarialTraining(_Host):
         super().__init__(*args, **kwargs)
         if not isinstance(attack, Attack):
             raise TypeError(f"attack must be an Attack such as PGD(Linf('8/255')), got {type(attack).__name__}")
+        if attack.minimal:
+            raise ValueError(f"{attack.name} looks for small perturbations, not for a high loss; train with PGD, e.g.")
         if crafting_mode not in get_args(CraftingMode):
             raise ValueError(f"crafting_mode must be 'eval' or 'train', got {crafting_mode!r}")
         _check_domain(attack, self.backbone)
