@@ -136,6 +136,7 @@ class Attack(ABC):
     estimator: Estimator | None = field(default=None, kw_only=True)
     kind: ClassVar[str]
     minimal: ClassVar[bool] = False  # True: looks for the smallest adversarial examples, whatever eps is
+    gradient_free: ClassVar[bool] = False  # True: asks the attacked model for logits only
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, Threat):

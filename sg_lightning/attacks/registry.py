@@ -14,12 +14,15 @@ from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, MultiTargeted, Rando
 from sg_lightning.attacks.minimal import DDN, FMN, SigmaZero
 from sg_lightning.attacks.sapgd import SAPGD
 from sg_lightning.attacks.sparse import PGD0, SPGD
+from sg_lightning.attacks.sparse_search import FlipSearch, SparseRS
+from sg_lightning.attacks.square import Square
 from sg_lightning.neurons import surrogates
 from sg_lightning.threats import Threat
 
 _CLASSES: tuple[type[Attack], ...] = (
-    FGSM, RFGSM, PGD, MultiTargeted, APGD, SAPGD, PGD0, SPGD, SigmaZero, DDN, FMN, RandomNoise, Advertorch,
-    Torchattacks, Foolbox, PyAutoAttack,
+    FGSM, RFGSM, PGD, MultiTargeted, APGD, SAPGD, PGD0, SPGD, SigmaZero, DDN, FMN,
+    Square, SparseRS, FlipSearch, RandomNoise,
+    Advertorch, Torchattacks, Foolbox, PyAutoAttack,
 )  # fmt: skip
 ATTACKS = {attack.kind: attack for attack in _CLASSES}
 ESTIMATORS: dict[str, type[Estimator]] = {
