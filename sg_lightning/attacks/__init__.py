@@ -11,6 +11,8 @@ from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.registry import ATTACKS, ESTIMATORS, make_attack, make_estimator
 from sg_lightning.attacks.sapgd import SAPGD
 from sg_lightning.attacks.sparse import PGD0, SPGD
+from sg_lightning.attacks.sparse_search import FlipSearch, SparseRS
+from sg_lightning.attacks.square import Square
 from sg_lightning.attacks.suites import Entry, Suite, load_suite, read_suite, suite_names
 from sg_lightning.attacks.tuning import tune
 from sg_lightning.attacks.verification import Verdict, verify
@@ -41,6 +43,7 @@ __all__ = [
     "AttackResult",
     "Entry",
     "Estimator",
+    "FlipSearch",
     "Foolbox",
     "Mix",
     "MultiTargeted",
@@ -48,6 +51,8 @@ __all__ = [
     "PyAutoAttack",
     "RandomNoise",
     "SigmaZero",
+    "SparseRS",
+    "Square",
     "Suite",
     "Torchattacks",
     "Verdict",
