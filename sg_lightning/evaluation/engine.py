@@ -105,8 +105,9 @@ class RobustnessRun:
             if entry.headline:
                 attacks = [*entry.attacks, RandomNoise(entry.threat)]
                 huge = overwhelming(entry.threat, batch.x)
-                if huge is not None:
-                    attacks.append(entry.attacks[-1].with_threat(huge))
+                climbing = [a for a in entry.attacks if not (a.gradient_free or a.minimal)]
+                if huge is not None and climbing:
+                    attacks.append(climbing[-1].with_threat(huge))
                 for attack in attacks:
                     rows += self._attack(attack, batch, batch.clean, "check")[1]
         return rows
