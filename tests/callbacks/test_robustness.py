@@ -58,10 +58,9 @@ def loader(n=30, shuffle=False, seed=0):
 
 
 def trainer(*callbacks, **options):
-    return pl.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=list(callbacks), **{"max_epochs": 3, **options},
-    )  # fmt: skip
+    defaults = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 3}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(callbacks=list(callbacks), **{**defaults, **quiet, **options})
 
 
 def fitted(*callbacks, **options):
@@ -234,9 +233,32 @@ def test_trainer_shortcuts(options):
     assert seen == {"fast_dev_run": 8, "overfit_batches": 16, "limit_val_batches": 8}[next(iter(options))]
 
 
-def test_checkpoint_on_the_union(tmp_path):
-    keep = pl.callbacks.ModelCheckpoint(tmp_path, monitor="robust/union/acc", mode="max", filename="best")
-    callback = RobustnessEvaluation(budgets=BUDGETS)
-    fitted(callback, keep, enable_checkpointing=True)
-    assert keep.best_model_score == pytest.approx(float(keep.best_model_score))
-    assert (tmp_path / "best.ckpt").is_file()
+class Recorder(RobustnessEvaluation):
+    """Keeps every union accuracy by epoch."""
+
+    def __init__(self, **options):
+        super().__init__(budgets=BUDGETS, **options)
+        self.unions = {}
+
+    def _finish(self, trainer, pl_module):
+        attacked = self._session is not None
+        super()._finish(trainer, pl_module)
+        if attacked:
+            self.unions[trainer.current_epoch] = self.result.union()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_checkpoint_and_early_stopping_on_the_union(tmp_path, every):
+    # Until the first measurement there is nothing to watch: the same rhythm, and strict=False.
+    keep = pl.callbacks.ModelCheckpoint(
+        tmp_path, monitor="robust/union/acc", mode="max", filename="{epoch}", every_n_epochs=every
+    )
+    stop = pl.callbacks.EarlyStopping("robust/union/acc", mode="max", patience=2 * every, strict=False)
+    callback = Recorder(every_n_epochs=every)
+    _, run = fitted(callback, keep, stop, enable_checkpointing=True, max_epochs=12)
+    best = max(callback.unions, key=callback.unions.get)  # the first of equals
+    assert len(set(callback.unions.values())) > 1
+    assert list(callback.unions) == list(range(every - 1, run.current_epoch, every))
+    assert keep.best_model_score == pytest.approx(callback.unions[best])
+    assert [path.name for path in tmp_path.iterdir()] == [f"epoch={best}.ckpt"]
+    assert run.current_epoch < 12 or list(callback.unions)[-1] - best < 2 * every
