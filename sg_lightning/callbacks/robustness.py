@@ -17,6 +17,7 @@ from sg_lightning.evaluation import RobustnessResult
 from sg_lightning.evaluation.data import check_samples
 from sg_lightning.evaluation.session import Session
 from sg_lightning.inputs import batch_size, select
+from sg_lightning.modules.checks import refuse_sharding
 from sg_lightning.threats import Budgets
 
 
@@ -91,6 +92,10 @@ class RobustnessEvaluation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolve the suite now: a typing error should not cost an epoch."""
+        refuse_sharding(
+            trainer, "RobustnessEvaluation", "each process attacks as long as its samples need, and would wait for the "
+            "others", "evaluate the checkpoint with strategy='ddp' or one device",
+        )  # fmt: skip
         self._resolve(trainer)
 
     def _resolve(self, trainer: Trainer) -> Suite:
