@@ -1,8 +1,11 @@
 """The examples run as they stand, say what they promise, and stay short."""
 
 import json
+import os
 import re
 import runpy
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,13 +73,14 @@ def test_evaluate_any_model(monkeypatch, capsys):
 
 def trial(parameters):
     """Return the command that W&B's agent makes of the sweep for one choice of the parameters."""
-    from wandb.wandb_agent import Agent
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     sweep = yaml.safe_load((EXAMPLES / "05_wandb_sweep.yaml").read_text())
     assert set(parameters) == set(sweep["parameters"])
     assert all(value in sweep["parameters"][name]["values"] for name, value in parameters.items())
-    given = Agent._create_sweep_command_args({"args": {name: {"value": value} for name, value in parameters.items()}})
-    words = [given["args"] if word == "${args}" else [word] for word in sweep["command"]]
+    given = create_sweep_command_args({"args": {name: {"value": value} for name, value in parameters.items()}})
+    given["program"] = [sweep["program"]]
+    words = [given[w[2:-1]] if w.startswith("${") else [w] for w in create_sweep_command(sweep["command"])]
     return [word for part in words for word in part]
 
 
@@ -100,3 +104,48 @@ def test_a_trial_of_the_sweep(monkeypatch, tmp_path):
     (folder,) = Path("wandb").glob("offline-run-*")
     (table,) = folder.glob("files/media/table/robust/*.json")
     assert json.loads(table.read_text())["data"][1][:3] == ["linf", "2/16", "pgd"]
+
+
+def commands(path):
+    """Return the fenced bash blocks of a page, joined lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL)
+    return [block.replace("\\\n", " ") for block in blocks]
+
+
+PAGES = [EXAMPLES / "04_ddp.md", ROOT / "docs/multi_gpu.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_of_the_pages_are_accepted(page, monkeypatch, tmp_path, capsys):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.setattr(sys, "argv", ["sg-lightning"])
+    seen = []
+    for block in commands(page):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+        for line in block.splitlines():
+            found = re.search(r"(?:sg-lightning|sg_lightning\.cli) (fit|evaluate) (.*)", line)
+            if found is None:
+                continue
+            command, words = found[1], shlex.split(found[2])
+            if command == "evaluate":  # the config that the fit before it would have saved
+                words[words.index("-c") + 1] = "saved.yaml"
+            with pytest.raises(SystemExit) as stop:
+                cli.main([command, *words, "--print_config"])
+            assert stop.value.code == 0
+            if command == "fit":
+                Path("saved.yaml").write_text(capsys.readouterr().out)
+            seen.append(command)
+    assert {"fit", "evaluate"} <= set(seen)
+
+
+def test_the_recipe_for_several_processes_runs(tmp_path):
+    (block,) = commands(EXAMPLES / "04_ddp.md")
+    short = " --trainer.limit_train_batches=2 --trainer.limit_val_batches=1 --model.backbone.channels=[4,4]"
+    script = block.replace("--trainer.max_epochs=2", "--trainer.max_epochs=1" + short).replace("=128", "=9")
+    script = script.replace("sg-lightning", f"{sys.executable} -m sg_lightning.cli")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-e"], input=script, text=True, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = RobustnessResult.load("lightning_logs/version_0/robustness/best-quick")
+    assert result.ids.tolist() == list(range(9))
+    assert done.stdout.count("union") == 1
