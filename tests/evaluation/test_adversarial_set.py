@@ -196,15 +196,21 @@ def test_progress_names_every_attack_and_ends_at_all_samples(monkeypatch):
     assert {"linf 1/32 fgsm", "linf 5/16 pgd-40x2", "l0 2 random"} <= set(bar.attacks)
 
 
-def test_bar_shows_attack_samples_and_remaining_time():
-    stream = io.StringIO()
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "file"])
+def test_bar_shows_attack_samples_and_remaining_time(stream):
     bar = TqdmBar(stream)
     bar.begin("attacks (quick)", 20, 5)
     bar.show("linf 2/16 pgd-10")
+    # At once where somebody looks, not a line per attack in a log.
+    assert ("linf 2/16 pgd-10" in stream.getvalue()) == stream.isatty()
     bar.advance(2.5)
     bar.advance(100)
     bar.end()
-    last = stream.getvalue().split("\r")
-    assert any("linf 2/16 pgd-10" in line for line in last)
-    assert "attacks (quick) 100%" in last[-1]
-    assert "20/20 samples" in last[-1]
+    last = stream.getvalue().split("\r")[-1]
+    assert "attacks (quick) 100%" in last
+    assert "20/20 samples" in last
