@@ -16,7 +16,9 @@ from torch import Tensor
 from sg_lightning._version import __version__
 from sg_lightning.attacks import Attack, AttackResult, Oracle, RandomNoise, Suite, verify
 from sg_lightning.attacks.base import check_batch
+from sg_lightning.evaluation.adversarial import AdversarialStore
 from sg_lightning.evaluation.data import fingerprint_model, fingerprint_samples
+from sg_lightning.evaluation.progress import Watch
 from sg_lightning.evaluation.result import RobustnessResult
 from sg_lightning.evaluation.rows import Phase, Row, Status
 from sg_lightning.inputs import Input, detached, select
@@ -38,6 +40,8 @@ class RobustnessRun:
         seed: Seed of all random starts and controls.
         check_ids: Samples on which every attack runs, broken or not, for the honesty checks.
         examples: Adversarial examples kept so far, of a run that goes on.
+        watch: Shows the progress.
+        store: Takes the adversarial input of every sample.
     """
 
     def __init__(
@@ -48,12 +52,16 @@ class RobustnessRun:
         seed: int = 0,
         check_ids: frozenset[int] = frozenset(),
         examples: Sequence[dict[str, Any]] = (),
+        watch: Watch | None = None,
+        store: AdversarialStore | None = None,
     ) -> None:
         self.oracle = oracle
         self.suite = suite
         self.seed = seed
         self.check_ids = check_ids
         self.examples = list(examples)
+        self.watch = watch or Watch(None, suite, 0, 0)
+        self.store = store
         self.costs: dict[str, Cost] = {}
         self._tag = f"{suite.name}-{suite.hash}"
         self._started = time.perf_counter()
@@ -84,7 +92,12 @@ class RobustnessRun:
             ]  # fmt: skip
             batch = _Batch(x, y, clean, SampleGenerator.from_ids(self.seed, list(ids)), rows)
             checked = torch.tensor([k for k, i in enumerate(ids) if i in self.check_ids], dtype=torch.int64)
-            return [*rows, *self._cascade(batch), *(self._checks(batch.select(checked)) if len(checked) else ())]
+            if self.store is not None:
+                self.store.begin(x)
+            rows = [*rows, *self._cascade(batch), *(self._checks(batch.select(checked)) if len(checked) else ())]
+        if self.store is not None:
+            self.store.commit(ids)
+        return rows
 
     def _cascade(self, batch: _Batch) -> list[Row]:
         rows: list[Row] = []
@@ -114,6 +127,10 @@ class RobustnessRun:
 
     def _attack(self, attack: Attack, batch: _Batch, alive: Tensor, phase: Phase) -> tuple[Tensor, list[Row]]:
         """Attack the samples that stand; return who fell (broken or invalid) and one row for everybody."""
+        with self.watch.attack(attack, len(batch.y)):
+            return self._attack_standing(attack, batch, alive, phase)
+
+    def _attack_standing(self, attack: Attack, batch: _Batch, alive: Tensor, phase: Phase) -> tuple[Tensor, list[Row]]:
         threat = attack.threat
         told = {"phase": phase, "norm": threat.norm, "eps": str(threat.eps), "attack": attack.name}
         rows = [replace(row, queries=0, **told) for row in batch.rows]  # type: ignore[arg-type]
@@ -141,6 +158,8 @@ class RobustnessRun:
             )  # fmt: skip
         if phase == "main" and attack.kind != "random":
             self._keep_examples(threat, part, found.x_adv, broken, sizes)
+            if self.store is not None:
+                self.store.hold(threat, index, found.x_adv, ~invalid)
         return fell, rows
 
     def _searched(self, attack: Attack, batch: _Batch, part: _Batch, index: Tensor) -> AttackResult:

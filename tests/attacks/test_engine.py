@@ -373,7 +373,7 @@ BUDGETS = {"linf": Budget(eps=("1/255", "8/255"), headline="8/255"), "l0": Budge
 
 
 def test_suites_resolve_and_hash_their_content():
-    assert suite_names() == ["basic", "quick"]
+    assert suite_names() == ["assg", "basic", "paper-sr", "quick", "standard", "thorough"]
     quick, basic = load_suite("quick", BUDGETS, Box()), load_suite("basic", BUDGETS, Box())
     assert [e.threat.key for e in quick.entries] == ["linf_8_255", "l0_1"]
     assert [e.threat.key for e in basic.entries] == ["linf_1_255", "linf_8_255", "l0_1", "l0_2"]
