@@ -287,7 +287,7 @@ class SigmaZero(MinimalNorm):
     step_size: float = 1.0
     sigma: float = 1e-3
     threshold: float = 0.3
-    kind: ClassVar[str] = "sigma-zero"
+    kind: ClassVar[str] = "sigma_zero"
     threats: ClassVar[tuple[type[SingleThreat], ...]] = (L0,)
 
     def __post_init__(self) -> None:
