@@ -28,12 +28,12 @@ class Substitute(Attack):
     attack's own gradient estimator, else that of the oracle if the substitute has spiking neurons.
 
     Args:
-        attack: Any attack; its threat is that of the substitute attack.
+        attack: Any attack within a budget; its threat is that of the substitute attack.
         model: The substitute ``x -> logits (B, K)``: another seed, the ANN twin; on the device of the inputs.
         label: Name of the substitute in rows.
 
     Raises:
-        ValueError: if the attack is a substitute attack itself, or its estimator does not fit the model.
+        ValueError: if the attack is a substitute or a minimal-norm attack, or its estimator does not fit the model.
     """
 
     attack: Attack
@@ -45,6 +45,11 @@ class Substitute(Attack):
     def __init__(self, attack: Attack, model: Callable[..., Any], label: str = "substitute") -> None:
         if not isinstance(attack, Attack) or isinstance(attack, Substitute):
             raise ValueError(f"a substitute attack needs an attack on the substitute such as PGD(...), got {attack!r}")  # noqa: TRY004
+        if attack.minimal:
+            raise ValueError(
+                f"{attack.name} looks for the smallest adversarial examples, which seldom carry over; use an attack that "
+                "raises the loss inside the budget, such as PGD or APGD"
+            )
         object.__setattr__(self, "attack", attack)
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "label", label)
@@ -98,9 +103,12 @@ def with_substitutes(suite: Suite, substitutes: Mapping[str, Callable[..., Any]]
         substitutes: Models by label (letters, digits, ``-``, ``_`` and ``.``).
 
     Raises:
-        ValueError: on a label with other characters, or a substitute that is no function.
+        ValueError: on a label with other characters, or a norm without an attack that raises the loss by gradients.
+        TypeError: on a substitute that is no function.
     """
-    for label in substitutes:
+    for label, model in substitutes.items():
+        if not callable(model):
+            raise TypeError(f"the substitute {label!r} must be a model x -> logits (B, K), got {type(model).__name__}")
         if not label or not label.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise ValueError(
                 f"name substitutes with letters, digits, '-', '_' and '.', e.g. 'ann' or 'seed2', got {label!r}"
@@ -114,6 +122,11 @@ def with_substitutes(suite: Suite, substitutes: Mapping[str, Callable[..., Any]]
 
 def _transferred(entry: Entry, model: Callable[..., Any], label: str) -> Substitute:
     attack = entry.strongest
+    if attack is None:
+        raise ValueError(
+            f"the suite has no attack under {entry.threat.norm} that could be crafted on the substitute {label!r}; add "
+            "one that raises the loss by gradients, such as pgd or apgd, or leave substitutes= out"
+        )
     if attack.estimator is not None and attack.estimator.refusal(model) is not None:
         attack = replace(attack, estimator=None)  # an ANN has no surrogate to replace
     return Substitute(attack, model, label)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite, with_substitutes
 from sg_lightning.domains import Domain
+from sg_lightning.evaluation.adversarial import Keep
 from sg_lightning.evaluation.data import Source, check_samples, to_device
+from sg_lightning.evaluation.progress import TqdmBar
 from sg_lightning.evaluation.result import RobustnessResult
-from sg_lightning.evaluation.session import Session
+from sg_lightning.evaluation.session import Session, process
 from sg_lightning.inputs import Input, select
 from sg_lightning.threats import Budgets
 
@@ -36,6 +38,7 @@ def evaluate(
     votes: int = 1,
     substitutes: Mapping[str, Callable[..., Any]] | None = None,
     check_samples_count: int = 128,
+    keep: Keep = "few",
     progress: bool = True,
 ) -> RobustnessResult:
     """Attack every test sample under every norm of a suite and report what is left.
@@ -60,13 +63,17 @@ def evaluate(
         substitutes: Other models by name, e.g. ``{"ann": twin, "seed2": net}``: the strongest gradient attack of each
             norm and budget is crafted on each of them too and judged by the model (``transfer-ann/pgd-40x2``).
         check_samples_count: Samples on which all attacks run, for the honesty checks; 0 switches them off.
+        keep: ``"all"`` writes the adversarial input of every sample, one file ``adversarial/<norm>.pt`` per norm in
+            ``out`` (:class:`~sg_lightning.evaluation.adversarial.AdversarialStore` says what is in it); ``"few"`` keeps
+            some per norm, for pictures.
         progress: Show a progress bar on stderr.
 
     Returns:
         The result; also in ``out`` if that is given.
 
     Raises:
-        ValueError: on bad data, labels, budgets, an unknown suite, or an ``out`` that holds another run.
+        ValueError: on bad data, labels, budgets, an unknown suite, an ``out`` that holds another run, or
+            ``keep="all"`` without ``out``.
         TypeError: if the model does not return one tensor of logits.
     """
     if batch_size < 1 or check_samples_count < 0:
@@ -77,8 +84,9 @@ def evaluate(
     domain = domain or source.domain or Domain()
     source.check(domain)
     budgets = budgets or source.budgets or {}
+    resolved, left_out = load_suite(suite, budgets, domain).applicable(model)
     substitutes = substitutes or {}
-    resolved = with_substitutes(load_suite(suite, budgets, domain), substitutes)
+    resolved = with_substitutes(resolved, substitutes)
     oracle = Oracle(model, estimator=estimator, eot=eot, votes=votes)
     device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
     batches = source.batches(batch_size)
@@ -91,12 +99,10 @@ def evaluate(
         if asked.classes != oracle.classes:
             raise ValueError(f"the substitute {name!r} has {asked.classes} classes, the model {oracle.classes}")
     session = Session(
-        oracle, resolved, samples=len(source), seed=seed, check_samples_count=check_samples_count, out=out
-    )
-    with tqdm(
-        total=len(source), initial=session.resumed, desc=f"attacks ({resolved.name})", unit="sample",
-        disable=not progress or session.rank > 0,
-    ) as bar:  # fmt: skip
+        oracle, resolved, samples=len(source), seed=seed, check_samples_count=check_samples_count, out=out, keep=keep,
+        bar=TqdmBar() if progress and process()[0] == 0 else None,
+    )  # fmt: skip
+    with closing(session):
         for x, y, ids in chain([first], batches):
             check_samples(x, y, domain)
             session.check(x, y, ids)
@@ -107,9 +113,9 @@ def evaluate(
             if device is not None:
                 x, y = to_device(x, device), y.to(device)
             session.batch(x, y, ids[mine])
-            bar.update(min(len(mine) * session.world, len(source) - bar.n))
     reasons = {norm: budgets[norm].reason for norm in resolved.norms if norm in budgets and budgets[norm].reason}
-    result = session.finish(domain=str(domain), **({"headline budgets": reasons} if reasons else {}))
+    notes = {"headline budgets": reasons, "left out": left_out}
+    result = session.finish(domain=str(domain), **{name: note for name, note in notes.items() if note})
     assert result is not None  # an empty test set was refused above
     return result
 
