@@ -27,20 +27,19 @@ def race(
     One CPU-time clock for all, in one process: other jobs on the machine and its changing speed fall on everybody.
 
     Args:
-        contestants: What to time; each is called with the number of the round.
-        rounds: Measured rounds, at least 1; one more, not measured, warms up.
-        look: Told of every result, the warm-up's too, outside the measured time.
+        contestants: What to time; each is called with the number of the round, and warmed up by the caller.
+        rounds: Number of rounds, at least 1.
+        look: Told of every result, outside the measured time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        order = list(contestants) if number % 2 else list(contestants)[::-1]
+    for number in range(rounds):
+        order = list(contestants)[::-1] if number % 2 else list(contestants)
         for name in order:
             gc.collect()
             started = time.process_time()
             result = contestants[name](number)
             spent = time.process_time() - started
-            if number:
-                seconds[name].append(spent)
+            seconds[name].append(spent)
             look(name, result)
     return seconds
 
