@@ -6,9 +6,13 @@ from sg_lightning.attacks.base import Attack, AttackResult
 from sg_lightning.attacks.estimators import ASSG, BPTR, BPTT, ENSEMBLES, HART, PDSG, RGA, Act, Estimator, Mix
 from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, MultiTargeted, RandomNoise
 from sg_lightning.attacks.losses import LOSSES
+from sg_lightning.attacks.minimal import DDN, FMN, SigmaZero
 from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.registry import ATTACKS, ESTIMATORS, make_attack, make_estimator
 from sg_lightning.attacks.sapgd import SAPGD
+from sg_lightning.attacks.sparse import PGD0, SPGD
+from sg_lightning.attacks.sparse_search import FlipSearch, SparseRS
+from sg_lightning.attacks.square import Square
 from sg_lightning.attacks.suites import Entry, Suite, load_suite, read_suite, suite_names
 from sg_lightning.attacks.tuning import tune
 from sg_lightning.attacks.verification import Verdict, verify
@@ -19,28 +23,36 @@ __all__ = [
     "ATTACKS",
     "BPTR",
     "BPTT",
+    "DDN",
     "ENSEMBLES",
     "ESTIMATORS",
     "FGSM",
+    "FMN",
     "HART",
     "LOSSES",
     "PDSG",
     "PGD",
+    "PGD0",
     "RFGSM",
     "RGA",
     "SAPGD",
+    "SPGD",
     "Act",
     "Advertorch",
     "Attack",
     "AttackResult",
     "Entry",
     "Estimator",
+    "FlipSearch",
     "Foolbox",
     "Mix",
     "MultiTargeted",
     "Oracle",
     "PyAutoAttack",
     "RandomNoise",
+    "SigmaZero",
+    "SparseRS",
+    "Square",
     "Suite",
     "Torchattacks",
     "Verdict",
