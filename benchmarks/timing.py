@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,10 @@ Result = TypeVar("Result")
 
 
 def race(
-    contestants: Mapping[str, Callable[[int], Result]], rounds: int, look: Callable[[str, Result], None]
+    contestants: Mapping[str, Callable[[int], Result]],
+    rounds: int,
+    look: Callable[[str, Result], None],
+    once: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Time contestants in turns, in reversed order every other round, and return CPU seconds by name.
 
@@ -30,11 +33,14 @@ def race(
         contestants: What to time; each is called with the number of the round, and warmed up by the caller.
         rounds: Number of rounds, at least 1.
         look: Told of every result, outside the measured time.
+        once: Who runs in the first round only, because it is slow.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds):
         order = list(contestants)[::-1] if number % 2 else list(contestants)
         for name in order:
+            if number and name in once:
+                continue
             gc.collect()
             started = time.process_time()
             result = contestants[name](number)
