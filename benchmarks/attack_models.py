@@ -44,7 +44,7 @@ SUBJECTS = {
     "convnet": Subject(
         title="ConvNet: 2 convolutions (16, 32), 64 hidden, LIF, T = 8, direct coding; digits at 28 x 28, PGD-3 training",
         build=lambda: ConvNet(input_size=28, channels=(16, 32), hidden=64, time_steps=8),
-        size=28, epochs=6, train_eps=0.1, steps=3, eps={"linf": 0.1, "l2": 1.5, "l1": 12.0}, samples=64,
+        size=28, epochs=6, train_eps=0.1, steps=3, eps={"linf": 0.1, "l2": 1.5, "l1": 12.0}, samples=32,
     ),
     "vgg5": Subject(
         title="VGG-5: 3 convolutions (64, 128, 128), 128 hidden, LIF, T = 4, direct coding; digits at 8 x 8, PGD-2 training",
