@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from attack_contestants import OURS, PACKAGES, SLOW, Counting, Event, contestants
 from attack_models import SUBJECTS, prepare
-from timing import provenance, race, ratios
+from timing import into_docs, provenance, race, ratios
 from torch import Tensor, nn
 
 from sg_lightning.attacks import Oracle, verify
@@ -30,7 +30,6 @@ from sg_lightning.threats import SingleThreat
 from sg_lightning.threats.budget import make_threat
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- begin: benchmarks/results/attacks.md -->", "<!-- end -->"
 NORMS = ("linf", "l2", "l1")
 APGD100 = tuple(Event("apgd", norm, "ce", 100) for norm in NORMS)
 PROGRAMME = {
@@ -202,12 +201,6 @@ def write(results: dict[str, Any], folder: Path) -> None:
     draw(results, folder / "attacks.png")
 
 
-def into_docs(text: str, path: Path) -> None:
-    """Replace the table between the marks of a document."""
-    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{text}{END}{rest.split(END, 1)[1]}", encoding="utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -231,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 write({"provenance": made, "rounds": args.rounds, "clean": clean, "records": records}, args.out)
     text = (args.out / "attacks.md").read_text(encoding="utf-8")
     if args.docs:
-        into_docs(text, args.docs)
+        into_docs(text, args.docs, "attacks.md")
     print(text)
 
 

@@ -1,6 +1,6 @@
 """What the cascade of a suite saves: each attack on what still stands, against each attack on all samples.
 
-    python benchmarks/cascade.py
+    python benchmarks/cascade.py --docs docs/attacks.md
 
 You will see: CPU time and passes of the suite `standard` under L-infinity both ways, in turns, on the adversarially
 trained digits network. Attacks, noise and verdicts are the same, and so are the survivors, which is asserted. Results go
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from attack_models import SUBJECTS, prepare
-from timing import provenance, race, ratios
+from timing import into_docs, provenance, race, ratios
 from torch import Tensor
 
 from sg_lightning.attacks import Oracle, load_suite, verify
@@ -74,11 +74,14 @@ def measure(subject: str, suite: str, samples: int, rounds: int) -> dict[str, An
 def table(results: dict[str, Any]) -> str:
     """Write the results as Markdown."""
     made = results["provenance"]
-    lines = [
+    head = (
         f"Measured with `{made['command']}` at commit {made['commit']}, {made['date']}; {made['machine']}; Python "
         f"{made['python']}, torch {made['versions']['torch']}. Suite `{results['suite']}` under L∞ at eps = "
         f"{results['eps']}, {results['samples']} samples of: {results['title']}. Medians of {results['rounds']} rounds "
-        "with the seeds 0, 1, ...; passes per sample; CPU time.",
+        "with the seeds 0, 1, ...; passes per sample; CPU time."
+    )
+    lines = [
+        head,
         "",
         "| Way | Robust accuracy | Forwards | Backwards | Seconds | Ratio |",
         "|---|---|---|---|---|---|",
@@ -102,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--docs", type=Path, help="document that gets the table, e.g. docs/attacks.md")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     subject = SUBJECTS[args.subject]
@@ -113,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "cascade.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (args.out / "cascade.md").write_text(table(results), encoding="utf-8")
+    if args.docs:
+        into_docs(table(results), args.docs, "cascade.md")
     print(table(results))
 
 

@@ -68,6 +68,13 @@ def provenance(packages: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def into_docs(text: str, path: Path, name: str) -> None:
+    """Put the table of a results file between its marks in a document."""
+    begin, end = f"<!-- begin: benchmarks/results/{name} -->", "<!-- end -->"
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    path.write_text(f"{before}{begin}\n{text}{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

@@ -80,5 +80,14 @@ def test_benchmark_runs_and_writes_what_the_documents_take(load, monkeypatch, tm
         assert not ours["leaves_weight_gradients"]
     assert results["provenance"]["commit"]
     text = (tmp_path / "attacks.md").read_text()
-    assert docs.read_text() == f"before\n{attacks.BEGIN}\n{text}{attacks.END}\nafter\n"
+    assert docs.read_text() == f"before\n<!-- begin: benchmarks/results/attacks.md -->\n{text}<!-- end -->\nafter\n"
     assert (tmp_path / "attacks.png").stat().st_size > 1000
+
+
+def test_cascade_saves_passes_and_changes_nothing(load, monkeypatch, tmp_path):
+    monkeypatch.setattr(load("attack_models"), "CACHE", tmp_path / "cache")
+    load("cascade").main(["--subject", "tiny", "--suite", "basic", "--rounds", "1", "--out", str(tmp_path)])
+    plain, cascade = json.loads((tmp_path / "cascade.json").read_text())["ways"].values()
+    assert cascade["robust"] == plain["robust"]
+    assert 0 < cascade["backwards"][0] <= plain["backwards"][0]
+    assert "| cascade |" in (tmp_path / "cascade.md").read_text()

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sg_lightning.attacks import ATTACKS
+from sg_lightning.attacks import ATTACKS, ESTIMATORS, suite_names
+from sg_lightning.attacks.adapters.advertorch import REFUSED
 from sg_lightning.backbones import ConvNet
 from sg_lightning.datamodules import Digits
 from sg_lightning.neurons import LIF
@@ -46,8 +47,25 @@ def test_adapter_examples_run():
     run(blocks(libraries=True))
 
 
-def test_attack_table_is_the_measured_one():
+@pytest.mark.parametrize(
+    ("path", "row"),
+    [
+        ("benchmarks/results/attacks.md", "| APGD-100 L∞ CE | sg_lightning |"),
+        ("benchmarks/results/cascade.md", "| cascade |"),
+    ],
+)
+def test_tables_are_the_measured_ones(path, row):
     text = (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8")
-    table = re.search(r"<!-- begin: (\S+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
-    assert (ROOT / table[1]).read_text(encoding="utf-8") == table[2]
-    assert "| PGD-10 L∞ | sg_lightning |" in table[2]
+    table = re.search(rf"<!-- begin: {path} -->\n(.*?)<!-- end -->", text, re.DOTALL)[1]
+    assert (ROOT / path).read_text(encoding="utf-8") == table
+    assert row in table
+
+
+def test_every_suite_estimator_and_refusal_is_documented():
+    text = (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8")
+    for name in (*suite_names(), *(name for name in ESTIMATORS if name != "bptt")):
+        assert f"| `{name}` |" in text
+    for attack in ATTACKS.values():
+        assert attack.__name__ in text, attack
+    for name in REFUSED:
+        assert name in text, name
