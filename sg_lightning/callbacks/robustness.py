@@ -14,7 +14,7 @@ from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite, read_suit
 from sg_lightning.callbacks.loggers import log_result
 from sg_lightning.domains import Domain
 from sg_lightning.evaluation import RobustnessResult
-from sg_lightning.evaluation.data import check_samples
+from sg_lightning.evaluation.data import check_samples, legal_domain
 from sg_lightning.evaluation.session import Session
 from sg_lightning.inputs import batch_size, select
 from sg_lightning.threats import Budgets
@@ -95,7 +95,7 @@ class RobustnessEvaluation(Callback):
 
     def _resolve(self, trainer: Trainer) -> Suite:
         data = getattr(trainer, "datamodule", None)
-        self._legal = self.domain or getattr(data, "domain", None) or Domain()
+        self._legal = legal_domain(self.domain, data)
         return load_suite(self.suite, self.budgets or getattr(data, "budgets", None) or {}, self._legal)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:

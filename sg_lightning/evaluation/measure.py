@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite
 from sg_lightning.domains import Domain
-from sg_lightning.evaluation.data import Source, check_samples, to_device
+from sg_lightning.evaluation.data import Source, check_samples, legal_domain, to_device
 from sg_lightning.evaluation.result import RobustnessResult
 from sg_lightning.evaluation.session import Session
 from sg_lightning.inputs import Input, select
@@ -71,7 +71,7 @@ def evaluate(
             f"batch_size must be >= 1 and check_samples_count >= 0, got {batch_size}, {check_samples_count}"
         )
     source = Source(data, max_samples)
-    domain = domain or source.domain or Domain()
+    domain = legal_domain(domain, source)
     source.check(domain)
     budgets = budgets or source.budgets or {}
     resolved = load_suite(suite, budgets, domain)

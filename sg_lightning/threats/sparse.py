@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sg_lightning.domains import Binary, Domain
 from sg_lightning.sampling import SampleGenerator
-from sg_lightning.threats.base import SingleThreat
+from sg_lightning.threats.base import SingleThreat, is_share
 from sg_lightning.threats.geometry import add_towards_zero, fill_l1, project_l1, top_k
 
 Mode = Literal["flip", "add", "delete"]
@@ -25,12 +25,12 @@ class _Counting(SingleThreat):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget != round(self.budget):
+        if not is_share(self.eps) and self.budget != round(self.budget):
             raise ValueError(f"{type(self).__name__} counts: eps must be a whole number, got {self.eps!r}")
 
     @property
     def count(self) -> int:
-        """The budget as an int."""
+        """The budget as an int, unless it is a share: then see :meth:`limits`."""
         return round(self.budget)
 
     def steepest_step(self, x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float) -> Tensor:  # type: ignore[override]
@@ -142,7 +142,7 @@ class EventFlips(_Counting):
     one cell cost two; nothing is clamped to 1.
 
     Args:
-        eps: How many events, a whole number.
+        eps: How many events: a whole number, or a share of the sample's own events such as ``"2%"``, rounded down.
         domain: ``Binary()`` or ``Counts()``.
         mode: ``"flip"`` (both), ``"add"`` or ``"delete"`` only.
 
@@ -153,6 +153,7 @@ class EventFlips(_Counting):
     domain: Domain = Binary()  # noqa: RUF009 - frozen
     mode: Mode = "flip"
     norm: ClassVar[str] = "flips"
+    shares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,11 +181,10 @@ class EventFlips(_Counting):
         change = (x_adv.double() - x.double()).flatten(1)
         # A cell that rounds to no event has none to give.
         room = torch.minimum(self._allowed(change, x), change.abs().add(0.5).floor())
-        if self.count == 0:
-            return x.clone()
-        real = project_l1(change.abs(), room, self.budget)
+        limit = self.limits(x).unsqueeze(1)
+        real = project_l1(change.abs(), room, limit)
         whole = (real + 1e-9).floor()
-        left = self.count - whole.sum(1, keepdim=True)
+        left = limit - whole.sum(1, keepdim=True)
         remainder = torch.where(whole + 1 <= room, real - whole + 1.0, 0.0)
         order = remainder.argsort(dim=1, descending=True, stable=True)
         rank = torch.zeros_like(order).scatter(1, order, torch.arange(order.shape[1], device=x.device).expand_as(order))
@@ -194,7 +194,7 @@ class EventFlips(_Counting):
     def maximise_linear(self, x: Tensor, grad: Tensor) -> Tensor:  # type: ignore[override]
         """Spend the events where the gradient gains most; exact."""
         slope = grad.double().flatten(1)
-        events = fill_l1(slope.abs(), self._allowed(slope, x), self.budget)
+        events = fill_l1(slope.abs(), self._allowed(slope, x), self.limits(x).unsqueeze(1))
         return (x.double() + (slope.sign() * events).view(x.shape)).to(x.dtype)
 
     def sample(self, x: Tensor, generator: SampleGenerator) -> Tensor:  # type: ignore[override]
@@ -205,7 +205,7 @@ class EventFlips(_Counting):
         coin = generator.fork("direction").uniform(flat, -1.0, 1.0).sign()
         direction = torch.where(up & down, coin, up.double() - down.double())
         lottery = (generator.fork("support").uniform(flat) + 1.0) * (up | down)
-        return (x.double() + (direction * top_k(lottery, min(self.count, flat.shape[1]))).view(x.shape)).to(x.dtype)
+        return (x.double() + (direction * top_k(lottery, self.limits(x).unsqueeze(1))).view(x.shape)).to(x.dtype)
 
     def random_start(self, x: Tensor, generator: SampleGenerator) -> Tensor:  # type: ignore[override]
         """Start from the random control."""

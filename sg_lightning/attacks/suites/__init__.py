@@ -14,7 +14,7 @@ import yaml
 from sg_lightning.attacks.base import Attack
 from sg_lightning.attacks.registry import make_attack
 from sg_lightning.domains import Domain
-from sg_lightning.threats import Budgets, Threat
+from sg_lightning.threats import Budgets, Joint, Threat, is_relaxed
 from sg_lightning.threats.budget import THREATS
 
 _KEYS = {"eps", "control", "attacks", "norms"}
@@ -81,9 +81,11 @@ def load_suite(suite: str | Path | Suite, budgets: Budgets, domain: Domain | Non
         domain: Legal values of the inputs; ``None``: that of each threat ([0, 1]; binary for event flips).
 
     Raises:
-        ValueError: on an unknown suite, key, attack or norm, or a norm without budget.
+        ValueError: on an unknown suite, key, attack or norm, a norm without budget, or a threat whose perturbations of
+            events would be infeasible without saying so.
     """
     if isinstance(suite, Suite):
+        _refuse_hidden_relaxation(suite, domain)
         return suite
     name, content = read_suite(suite)
     unknown = set(content) - _KEYS
@@ -104,6 +106,11 @@ def load_suite(suite: str | Path | Suite, budgets: Budgets, domain: Domain | Non
             raise ValueError(
                 f"suite {name!r} attacks under {norm!r} but budgets are given only for {', '.join(budgets)}"
             )
+        if is_relaxed(norm) and domain is not None and domain.lattice is None:
+            raise ValueError(
+                f"the norm {norm!r} is for data whose only legal values are whole numbers, but the domain is {domain}: use "
+                f"{norm.removeprefix('relaxed_')!r}"
+            )
     if content.get("eps", "all") not in ("all", "headline"):
         raise ValueError(
             f"suite {name!r}: eps must be 'all' or 'headline' (the values are the data set's), got {content['eps']!r}"
@@ -117,6 +124,19 @@ def load_suite(suite: str | Path | Suite, budgets: Budgets, domain: Domain | Non
                 attacks = tuple(_build(name, item, threat) for item in _items(name, content, norm))
                 entries.append(Entry(threat, attacks, headline))
     return Suite(name, tuple(entries), bool(content.get("control", True)))
+
+
+def _refuse_hidden_relaxation(suite: Suite, domain: Domain | None) -> None:
+    if domain is None or domain.lattice is None:
+        return
+    for entry in suite.entries:
+        threat = entry.threat
+        if not isinstance(threat, Joint) and threat.domain.lattice is None and not threat.relaxed:
+            raise ValueError(
+                f"suite {suite.name!r} attacks under {threat.norm!r} with values in {threat.domain}, but the data live in "
+                f"{domain}: give the threat that domain, or use RelaxedLinf, RelaxedL2 or RelaxedL1, whose figures are "
+                "marked infeasible"
+            )
 
 
 def read_suite(suite: str | Path) -> tuple[str, dict[str, Any]]:
