@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from sg_lightning.domains import Domain
 from sg_lightning.threats.base import SingleThreat, is_share, parse_eps
 from sg_lightning.threats.norms import L1, L2, Linf
 from sg_lightning.threats.relaxed import RelaxedL1, RelaxedL2, RelaxedLinf
+from sg_lightning.threats.retiming import Measure, SpikeRetiming
 from sg_lightning.threats.sparse import L0, EventFlips
 
-_CLASSES = (Linf, L2, L1, L0, EventFlips, RelaxedLinf, RelaxedL2, RelaxedL1)
-THREATS: dict[str, Callable[..., SingleThreat]] = {threat.norm: threat for threat in _CLASSES}
+THREATS: dict[str, Callable[..., SingleThreat]] = {
+    **{threat.norm: threat for threat in (Linf, L2, L1, L0, EventFlips)},
+    **{f"retime_{measure}": partial(SpikeRetiming, measure=measure) for measure in get_args(Measure)},
+    **{threat.norm: threat for threat in (RelaxedLinf, RelaxedL2, RelaxedL1)},
+}
 
 
 def make_threat(norm: str, eps: float | str, domain: Domain | None = None, **settings: Any) -> SingleThreat:
