@@ -8,11 +8,20 @@ from typing import Any
 
 from sg_lightning.attacks.base import Attack
 from sg_lightning.attacks.estimators import BPTT, Estimator
+from sg_lightning.attacks.flips import GreedyFlips, SwapFlips, UniversalFlips
 from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, RandomNoise
+from sg_lightning.attacks.retiming import SpikeRetimingAttack
+from sg_lightning.attacks.sda import SDA
 from sg_lightning.neurons import surrogates
 from sg_lightning.threats import Threat
 
-ATTACKS: dict[str, type[Attack]] = {attack.kind: attack for attack in (FGSM, RFGSM, PGD, RandomNoise)}
+ATTACKS: dict[str, type[Attack]] = {
+    attack.kind: attack
+    for attack in (
+        FGSM, RFGSM, PGD, RandomNoise,
+        GreedyFlips, SwapFlips, SDA, UniversalFlips, SpikeRetimingAttack,
+    )
+}  # fmt: skip
 ESTIMATORS: dict[str, type[Estimator]] = {estimator.name: estimator for estimator in (BPTT,)}
 
 

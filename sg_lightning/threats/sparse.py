@@ -173,6 +173,13 @@ class EventFlips(_Counting):
             room = torch.where(direction < 0, room, 0.0)
         return room
 
+    def growing(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Tell which single events may come on top of ``x_adv`` whatever the budget, bool (B, 2 n): added, then deleted."""
+        flat = x.double().flatten(1)
+        change = x_adv.double().flatten(1) - flat
+        up, down = (self._allowed(direction, x) for direction in (torch.ones_like(flat), -torch.ones_like(flat)))
+        return torch.cat([(change >= 0) & (change < up), (change <= 0) & (-change < down)], dim=1)
+
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
         """Keep the eps single events whose undoing would cost most distance.
 

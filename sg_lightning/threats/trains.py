@@ -57,6 +57,14 @@ class Packets:
         sample, line, time = trains.nonzero(as_tuple=True)
         return cls(sample, sample * trains.shape[1] + line, time, trains[sample, line, time], trains.shape)
 
+    def select(self, mask: Tensor) -> Packets:
+        """Return the packets of the samples where ``mask`` (B,) is true, in the same order."""
+        kept = mask[self.sample]
+        sample = (mask.cumsum(0) - 1)[self.sample[kept]]
+        width = self.shape[1]
+        shape = torch.Size((int(mask.sum()), width, self.shape[2]))
+        return Packets(sample, sample * width + self.line[kept] % width, self.time[kept], self.value[kept], shape)
+
     def spread(self, mass: Tensor, target: Tensor) -> Tensor:
         """Add ``mass`` (P, K) at the times ``target`` (P, K), nothing outside the raster; differentiable in the mass."""
         inside = (target >= 0) & (target < self.shape[2])
@@ -144,6 +152,26 @@ def _place(packets: Packets, score: Tensor, target: Tensor, *, once: bool) -> tu
         taken[line[chosen], time[chosen]] = True
 
 
+def place_at_favourite(packets: Packets, score: Tensor, target: Tensor) -> Tensor:
+    """Send every packet where its score (P, K) is highest, if no packet stood there; the others stay. Times (P,).
+
+    Where several want one bin the highest score gets it.
+    """
+    line, steps = packets.line, packets.shape[2]
+    best, choice = score.max(1)
+    wish = target.gather(1, choice.unsqueeze(1)).squeeze(1)
+    taken = torch.zeros(packets.shape[0] * packets.shape[1], steps, dtype=torch.bool, device=line.device)
+    taken[line, packets.time] = True
+    cell = line * steps + wish.clamp(0, steps - 1)
+    able = (wish >= 0) & (wish < steps) & ~taken.flatten()[cell]
+    order = choice.argsort(stable=True)
+    order = order[best[order].argsort(descending=True, stable=True)]
+    rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    rank = torch.where(able, rank, _LAST)
+    first = torch.full((taken.numel(),), _LAST, device=line.device).scatter_reduce(0, cell, rank, "amin")
+    return torch.where(able & (first[cell] == rank), wish, packets.time)
+
+
 # --- single spikes: exact optima --------------------------------------------------------------------------------------
 
 
@@ -190,46 +218,52 @@ def best_within_steps(spikes: Tensor, value: Tensor, limit: Tensor) -> Tensor:
 
     Exact: a table of each line by the steps it spends, then a knapsack over the lines of a sample.
     """
-    found = spikes.clone()
-    for sample in range(len(spikes)):
-        busy = spikes[sample].any(-1).nonzero().squeeze(1)
-        trains = spikes[sample, busy]
-        budget = int(limit[sample])
-        if budget and len(busy):
-            found[sample, busy] = _knapsack(trains, value[sample, busy], budget)
-    return found
+    steps, held = spikes.shape[-1], spikes.sum(-1, keepdim=True)
+    step, so_far = torch.arange(steps, device=spikes.device), spikes.cumsum(-1)
+    least, most = (held - (steps - 1 - step)).clamp_min(0), torch.minimum(held, step + 1)
+    dearest = torch.maximum(so_far - least, most - so_far).sum(-1)  # (B, N), no train of the line spends more
+    budget = torch.minimum(limit.long(), dearest.sum(1))
+    width = min(int(budget.max()), int(dearest.max())) + 1
+    per_sample = (int(budget.max()) + 1) * (spikes.shape[1] + width)
+    found = []
+    for part in torch.arange(len(spikes), device=spikes.device).split(max(1, _CELLS // per_sample)):
+        found.append(_knapsack(spikes[part], value[part], least[part], most[part], budget[part], width))
+    return torch.cat(found)
 
 
-def _knapsack(trains: Tensor, value: Tensor, budget: int) -> Tensor:
-    """Solve one sample (L, T)."""
-    so_far, count = trains.cumsum(-1), trains.sum(-1, keepdim=True)
-    step = torch.arange(trains.shape[-1], device=trains.device)
-    least, most = (count - (len(step) - 1 - step)).clamp_min(0), torch.minimum(count, step + 1)
-    dearest = torch.maximum(so_far - least, most - so_far).sum(-1)
-    steps = min(budget, int(dearest.max()))
-    parts = _parts(trains, steps + 1)
-    tables = [_Tables(trains[part], value[part], least[part], most[part], steps) for part in parts]
-    worth = torch.cat([table.worth for table in tables])  # (L, steps + 1), by the steps spent
-    total = worth.new_full((min(budget, int(dearest.sum())) + 1,), -torch.inf)
-    total[0] = 0.0
+def _knapsack(trains: Tensor, value: Tensor, least: Tensor, most: Tensor, budget: Tensor, width: int) -> Tensor:
+    """Share the budget (B,) among the lines, whose tables have ``width`` entries: 0, 1, ... steps spent."""
+    if not bool(budget.any()):
+        return trains
+    busy = trains.any(-1)
+    low, high, parts = least[busy], most[busy], _parts(trains[busy], width)
+    tables = [_Tables(trains[busy][k], value[busy][k], low[k], high[k], width - 1) for k in parts]
+    worth = value.new_full((*busy.shape, width), -torch.inf)
+    worth[..., 0] = 0.0
+    worth[busy] = torch.cat([table.worth for table in tables])
+    total = value.new_full((len(trains), int(budget.max()) + 1), -torch.inf)
+    total[:, 0] = 0.0
     spent = []
-    for line in worth:  # best totals by the steps that the lines so far spend
-        window = torch.cat([total.new_full((steps,), -torch.inf), total]).unfold(0, steps + 1, 1)
-        best = (window + line.flip(0)).flip(1).max(1)  # of equal ones the fewest steps
+    for line in worth.unbind(1):  # best totals by the steps that the lines so far spend
+        window = torch.cat([total.new_full((len(total), width - 1), -torch.inf), total], dim=1).unfold(1, width, 1)
+        best = (window.flip(2) + line.unsqueeze(1)).max(2)  # of equal ones the fewest steps
         total = best.values
         spent.append(best.indices)
-    left = int(total.argmax())
-    share = []
+    affordable = torch.arange(total.shape[1], device=total.device) <= budget.unsqueeze(1)
+    left = torch.where(affordable, total, -torch.inf).argmax(1, keepdim=True)
+    shares = []
     for choice in reversed(spent):
-        share.append(int(choice[left]))
-        left -= share[-1]
-    chosen = torch.tensor(share[::-1], device=trains.device)
-    return torch.cat([table.train(chosen[part]) for table, part in zip(tables, parts, strict=True)])
+        shares.append(choice.gather(1, left))
+        left = left - shares[-1]
+    share = torch.cat(shares[::-1], dim=1)[busy]
+    found = trains.clone()
+    found[busy] = torch.cat([table.train(share[part]) for table, part in zip(tables, parts, strict=True)])
+    return found
 
 
 def _parts(trains: Tensor, width: int) -> tuple[Tensor, ...]:
     """Split lines (L, T) so that their tables fit."""
-    entries = trains.shape[-1] * (int(trains.sum(-1).amax()) + 1 if len(trains) else 1) * width
+    entries = trains.shape[-1] * (int(trains.sum(-1).max()) + 1 if len(trains) else 1) * width
     return torch.arange(len(trains), device=trains.device).split(max(1, _CELLS // entries))
 
 
