@@ -96,9 +96,9 @@ class SpikeRetimingAttack(Attack):
         at = Samples(
             index=everyone, x=x, y=y, memory=Memory(), limit=threat.limits(x), timing=_Timing.start(threat, x)
         )  # fmt: skip
-        if early_drop:
-            at.keep(progress.open(at.index))
         for step in range(self._steps):
+            if early_drop:
+                at.keep(progress.open(at.index))
             if len(at.index) == 0:
                 return
             shares = at.timing.shares(self.temperature)
@@ -111,12 +111,8 @@ class SpikeRetimingAttack(Attack):
             check_labels(at.y, found.logits.shape[1])
             progress.record(at.index, at.point, found.loss, found.logits.argmax(1) != at.y, step, oracle.eot, found)
             at.gradient = finite(found.grad)
-            if early_drop:
-                at.keep(progress.open(at.index))
             slope = self._slope(threat, at)
             at.timing.logits = (at.timing.logits + self.step_size * slope.sign()).clamp(-self.bound, self.bound)
-        if len(at.index) == 0:
-            return
         times = threat.schedule(at.timing.packets, at.timing.shares(self.temperature), at.limit)
         point = raster(at.timing.packets.at(times), at.x)
         loss, wrong = value(oracle, point, at.y, self.loss)
