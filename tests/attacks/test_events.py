@@ -270,6 +270,7 @@ def test_a_budget_beyond_the_events_deletes_them_all_at_most():
     assert torch.equal(RandomNoise(EventFlips(1000, mode="delete"))(model, x, y), torch.zeros_like(x))
 
 
+@torch.no_grad()
 def test_greedy_makes_one_best_event_after_the_other():
     """Against a loop that tries every cell of every sample."""
     model, x, y = case(8)

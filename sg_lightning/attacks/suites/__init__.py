@@ -15,6 +15,7 @@ from sg_lightning.attacks.base import Attack
 from sg_lightning.attacks.registry import make_attack
 from sg_lightning.domains import Domain
 from sg_lightning.threats import Budgets, Joint, Threat, is_relaxed
+from sg_lightning.threats.base import is_share
 from sg_lightning.threats.budget import THREATS
 
 _KEYS = {"eps", "control", "attacks", "norms"}
@@ -39,11 +40,22 @@ class Suite:
         entries: Threats with their attacks.
         control: Whether random perturbations are measured beside.
         hash: First 12 hex digits of the SHA-256 of its content: same hash, same measurement.
+
+    Raises:
+        ValueError: if the budgets of a norm mix shares and numbers.
     """
 
     name: str
     entries: tuple[Entry, ...]
     control: bool
+
+    def __post_init__(self) -> None:
+        for norm in self.norms:
+            if len({is_share(entry.threat.eps) for entry in self.entries if entry.threat.norm == norm}) > 1:
+                raise ValueError(
+                    f"suite {self.name!r} mixes shares of the sample's events with numbers under {norm!r}: which is the "
+                    "larger depends on the sample; use two suites"
+                )
 
     @property
     def norms(self) -> tuple[str, ...]:
