@@ -25,11 +25,13 @@ class AttackResult:
     """What an attack found for each sample of the batch.
 
     Attributes:
-        x_adv: First adversarial example found, for survivors the point of highest loss.
-        success: Misclassified, bool (B,).
+        x_adv: First adversarial example found, for survivors the point of highest loss. From minimal-norm attacks the
+            smallest one found, which may be larger than eps, or the clean input if there is none.
+        success: Misclassified inside the threat, bool (B,).
         invalid: A gradient was not finite, bool (B,); such a sample counts as not robust.
         loss: Loss at ``x_adv``, float64 (B,).
-        iterations: Gradient steps until the first success, for survivors all of them, int64 (B,).
+        iterations: Gradient steps until the first success, for survivors and minimal-norm attacks all of them, int64
+            (B,).
         queries: Forward passes spent on the sample, int64 (B,).
         gradients: Input gradients taken (averages over ``eot`` draws count once), int64 (B,).
         zero_gradients: How many of them were zero everywhere, int64 (B,).
@@ -43,6 +45,14 @@ class AttackResult:
     queries: Tensor
     gradients: Tensor
     zero_gradients: Tensor
+
+    def again(self, index: Tensor) -> AttackResult:
+        """Return what was found for the samples ``index``, at no further cost."""
+        free = torch.zeros_like(index)
+        return AttackResult(
+            select(self.x_adv, index), self.success[index], self.invalid[index], self.loss[index],
+            self.iterations[index], free, free, free,
+        )  # fmt: skip
 
 
 class Progress:
@@ -71,22 +81,34 @@ class Progress:
         found: Gradient | None = None,
     ) -> None:
         """Keep the evaluated points of the samples ``index`` that improve on what is held; ``found`` with a gradient."""
-        open_ = ~self.invalid[index]
-        if self.goal == "success":
-            open_ &= ~self.success[index]
-            first = wrong & open_
-        else:
-            first = torch.zeros_like(wrong)
+        open_ = self._spend(index, iteration, queries, found)
+        first = wrong & open_ if self.goal == "success" else torch.zeros_like(wrong)
         better = open_ & (first | (loss.double() > self.loss[index]))
         kept = index[better]
         assign(self.x_adv, kept, select(x_adv, better))
         self.loss[kept] = loss[better].double()
         self.success[kept] = wrong[better] if self.goal == "loss" else first[better]
-        self.queries[index[open_]] += queries
-        self.iterations[index[open_]] = iteration
+        self._mark(index, found)
+
+    def _spend(self, index: Tensor, iteration: int, queries: int, found: Gradient | None = None) -> Tensor:
+        """Count what the samples ``index`` cost; return who was still searched, bool."""
+        searched = ~self.invalid[index]
+        if self.goal == "success":
+            searched &= ~self.success[index]
+        self.queries[index[searched]] += queries
+        self.iterations[index[searched]] = iteration
         if found is not None:
-            self.gradients[index[open_]] += 1
-            self.zero_gradients[index[open_]] += found.zero[open_].long()
+            self.gradients[index[searched]] += 1
+            self.zero_gradients[index[searched]] += found.zero[searched].long()
+        return searched
+
+    def discard(self, index: Tensor, iteration: int, queries: int, found: Gradient | None = None) -> None:
+        """Count a point outside the threat, which a search may pass through but never keeps."""
+        self._spend(index, iteration, queries, found)
+        self._mark(index, found)
+
+    def _mark(self, index: Tensor, found: Gradient | None) -> None:
+        if found is not None:
             self.invalid[index] |= found.invalid & ~self.success[index]
 
     def open(self, index: Tensor) -> Tensor:
@@ -113,6 +135,8 @@ class Attack(ABC):
     threat: Threat
     estimator: Estimator | None = field(default=None, kw_only=True)
     kind: ClassVar[str]
+    minimal: ClassVar[bool] = False  # True: looks for the smallest adversarial examples, whatever eps is
+    gradient_free: ClassVar[bool] = False  # True: asks the attacked model for logits only
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, Threat):
@@ -172,15 +196,20 @@ class Attack(ABC):
         self.threat.check(x)
         noise = as_sample_generator(generator, batch_size(x))
         oracle = oracle.using(self.estimator)
+        drop = early_drop and goal == "success" and not oracle.stochastic and oracle.per_sample
         with oracle.attacking():
             x, y = detached(x), y.detach().clone()
-            progress = Progress(x, goal)
-            self._search(oracle, x, y, noise, progress, early_drop and goal == "success" and not oracle.stochastic)
+            progress = self._progress(x, goal)
+            self._search(oracle, x, y, noise, progress, drop)
             if oracle.stochastic and goal == "success":
                 # A single noisy error is no success: the majority of fresh draws decides.
                 progress.success = oracle.misclassified(progress.x_adv, y) & ~progress.invalid
                 progress.queries += oracle.votes
         return progress.result()
+
+    def _progress(self, x: Input, goal: Goal) -> Progress:
+        """Return what keeps the best points."""
+        return Progress(x, goal)
 
     @abstractmethod
     def _search(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal, get_args
 
@@ -84,6 +85,16 @@ class _LeakyFire(SpikingNeuron):
         trailing = (1,) * (x.dim() - 3)
         beta, theta = (p.view(-1, *trailing) if p.dim() else p for p in (self._leak(), self.threshold))
         return beta, theta
+
+    def _rule_of_steps(
+        self, x: Tensor, beta: Tensor, theta: Tensor, recurrent: Callable[[Tensor], Tensor] | None = None
+    ) -> Surrogate | list[Surrogate]:
+        """Return the surrogate, or the slopes that an attack gives to each step, for which a first pass is needed."""
+        if not isinstance(self.attack_rule, SlopeRule) or not torch.is_grad_enabled() or not x.requires_grad:
+            return self.gradient_rule
+        with torch.no_grad():
+            u = reference.simulate(x, beta, theta, self.dynamics, self.gradient_rule, recurrent=recurrent)[1]
+            return [GivenSlopes(step) for step in self.attack_rule.slopes(self, u - theta).unbind(0)]
 
     def _check(self, x: Tensor) -> None:
         check_sequence(x, type(self).__name__)
@@ -170,13 +181,13 @@ class LIF(_LeakyFire):
     def forward_membrane(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return spikes and the membranes u that were compared with the threshold, both (T, B, ...)."""
         self._check(x)
-        if self.backend == "fused":
-            beta, theta = self._leak(), self.threshold
-            spikes, membrane = fused.simulate(x, beta, theta, self.dynamics, self.gradient_rule, membrane=True)
-            assert membrane is not None
-            return spikes, membrane
         beta, theta = self._broadcast(x)
-        return reference.simulate(x, beta, theta, self.dynamics, self.gradient_rule)[:2]
+        rule = self._rule_of_steps(x, beta, theta)
+        if self.backend == "reference" or not isinstance(rule, Surrogate):
+            return reference.simulate(x, beta, theta, self.dynamics, rule)[:2]
+        spikes, membrane = fused.simulate(x, self._leak(), self.threshold, self.dynamics, rule, membrane=True)
+        assert membrane is not None
+        return spikes, membrane
 
     def forward_state(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Continue from a state, for sequences that come in pieces.
@@ -262,11 +273,5 @@ class RecurrentLIF(_LeakyFire):
                 f"RecurrentLIF has {self.features} neurons but the input {tuple(x.shape)} has {x.shape[2]}"
             )
         beta, theta = self._broadcast(x)
-        rule: Surrogate | list[Surrogate] = self.gradient_rule
-        if isinstance(self.attack_rule, SlopeRule) and torch.is_grad_enabled() and x.requires_grad:
-            with (
-                torch.no_grad()
-            ):  # the slopes may depend on all membranes, which the feedback makes known only step by step
-                u = reference.simulate(x, beta, theta, self.dynamics, rule, recurrent=self.recurrent)[1]
-                rule = [GivenSlopes(step) for step in self.attack_rule.slopes(self, u - theta).unbind(0)]
+        rule = self._rule_of_steps(x, beta, theta, self.recurrent)
         return reference.simulate(x, beta, theta, self.dynamics, rule, recurrent=self.recurrent)[0]

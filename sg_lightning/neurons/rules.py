@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from sg_lightning.neurons import fused
 from sg_lightning.neurons.base import Dynamics
@@ -31,7 +30,6 @@ class Trace:
         neuron: The layer; as a key it tells the layers of a network apart.
         currents: Input currents x (T, B, ...).
         membranes: Membranes u (T, B, ...) that were compared with the threshold.
-        spikes: Spikes s (T, B, ...).
         beta: Leak, broadcastable to (B, ...).
         threshold: Threshold, broadcastable to (B, ...).
         dynamics: How the neuron fires and resets.
@@ -40,10 +38,15 @@ class Trace:
     neuron: nn.Module
     currents: Tensor
     membranes: Tensor
-    spikes: Tensor
     beta: Tensor
     threshold: Tensor
     dynamics: Dynamics
+
+    @property
+    def spikes(self) -> Tensor:
+        """Spikes s (T, B, ...) in the dtype of the membranes."""
+        fires = torch.ge if self.dynamics.fire_at_threshold else torch.gt
+        return fires(self.membranes, self.threshold, out=torch.empty_like(self.membranes))
 
 
 class BackwardRule(ABC):
@@ -69,8 +72,10 @@ class SlopeRule(BackwardRule):
 
     def slopes(self, neuron: nn.Module, z: Tensor) -> Tensor:
         """Return the slopes (T, B, ...) of a whole sequence of membranes minus threshold."""
-        steps = z.unbind(0)
-        return torch.stack([self.slope(neuron, step, steps[:t]) for t, step in enumerate(steps)])
+        steps, phi = z.unbind(0), torch.empty_like(z)  # in the memory layout of z
+        for t, step in enumerate(steps):
+            phi[t] = self.slope(neuron, step, steps[:t])
+        return phi
 
     def pullback(self, trace: Trace) -> Pullback:
         """Return the reverse scan over time with these slopes."""
@@ -127,12 +132,14 @@ class _Ruled(Function):
         assert u is not None
         trailing = (1,) * (x.dim() - 3)
         beta, theta = (p.to(u.dtype).view(-1, *trailing) if p.dim() else p.to(u.dtype) for p in (beta, theta))
-        # A copy, because what is returned belongs to autograd.
-        ctx.pull = rule.pullback(Trace(neuron, x.detach(), u, s.clone(), beta, theta, dynamics))
+        ctx.pull = rule.pullback(Trace(neuron, x.detach(), u, beta, theta, dynamics))
         ctx.membrane_dtype, ctx.dtype = u.dtype, x.dtype
         return s
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # under create_graph; once_differentiable would miss paths that it is not on
+            raise RuntimeError(
+                "the rules of attacks give first-order gradients only; leave out create_graph=True, or use a surrogate"
+            )
         return ctx.pull(grad.to(ctx.membrane_dtype)).to(ctx.dtype), None, None, None, None, None

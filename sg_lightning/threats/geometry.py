@@ -1,6 +1,7 @@
 """Exact projections and linear maximisers on ball and box, by sorting; float64, (B, n) magnitudes.
 
 All work on magnitudes: the sign of a change is known and ``room`` (B, n) is the distance to the wall it points at.
+Budgets are one number or one per sample, (B, 1).
 Sums are accumulated in float64, because float32 cancellation breaks small budgets.
 """
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def fill_l2(weight: Tensor, room: Tensor, eps: float) -> Tensor:
+def fill_l2(weight: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
     """Return ``d_i = min(t * weight_i, room_i)`` with the t that gives ``|d|_2 = eps``, or ``room`` if that is shorter.
 
     With ``weight = |v|`` and ``room <= |v|`` this is the projection of v on ball and box, with ``weight = |g|`` the
@@ -66,8 +67,8 @@ def fill_l1(gain: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
 def top_k(score: Tensor, k: int | Tensor) -> Tensor:
     """Return a 0/1 mask (B, n) of the k (one for all or (B, 1)) highest positive scores; ties go to the lower index."""
     order = score.argsort(dim=1, descending=True, stable=True)
-    chosen = (torch.arange(score.shape[1], device=score.device) < k).to(score.dtype).expand_as(score)
-    return torch.zeros_like(score).scatter(1, order, chosen) * (score > 0)
+    places = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    return (places < k).to(score.dtype).gather(1, order.argsort(dim=1)) * (score > 0)
 
 
 def add_towards_zero(x: Tensor, change: Tensor) -> Tensor:

@@ -5,7 +5,22 @@ import pytest
 import torch
 from torch import nn
 
-from sg_lightning.attacks import BPTT, FGSM, PGD, RFGSM, Oracle, RandomNoise, load_suite, suite_names, verify
+from sg_lightning.attacks import (
+    APGD,
+    BPTT,
+    FGSM,
+    PGD,
+    PGD0,
+    RFGSM,
+    SAPGD,
+    SPGD,
+    MultiTargeted,
+    Oracle,
+    RandomNoise,
+    load_suite,
+    suite_names,
+    verify,
+)
 from sg_lightning.domains import Binary, Box, Counts
 from sg_lightning.neurons import LIF, surrogates
 from sg_lightning.sampling import SampleGenerator
@@ -116,7 +131,11 @@ def test_huge_logits_do_not_stop_the_attack():
 
 
 ATTACKS = [FGSM(Linf(0.05)), RFGSM(Linf(0.05)), PGD(Linf(0.03), steps=6, restarts=3), PGD(L2(0.2), steps=6, restarts=2),
-           PGD(L1(0.6), steps=6, restarts=2), PGD(L0(1), steps=6, restarts=2), PGD(Linf(0.03), momentum=0.9), RandomNoise(L2(3.0))]  # fmt: skip
+           PGD(L1(0.6), steps=6, restarts=2), PGD(L0(1), steps=6, restarts=2), PGD(Linf(0.03), momentum=0.9), RandomNoise(L2(3.0)),
+           APGD(Linf(0.03), steps=8, restarts=2), APGD(L2(0.2), steps=8, loss="dlr"), APGD(L1(0.6), steps=20),
+           APGD(Linf(0.03), steps=6, loss="margin", targets=2), SAPGD(Linf(0.03), steps=8, restarts=2),
+           MultiTargeted(Linf(0.03), steps=6, targets=2), SPGD(L0(1), steps=8),
+           SPGD(L0(2, unit="cells"), steps=6, restarts=2, variant="projected"), PGD0(L0(2), steps=8)]  # fmt: skip
 
 
 def spiking_case(n=24):
@@ -354,7 +373,7 @@ BUDGETS = {"linf": Budget(eps=("1/255", "8/255"), headline="8/255"), "l0": Budge
 
 
 def test_suites_resolve_and_hash_their_content():
-    assert suite_names() == ["basic", "quick"]
+    assert suite_names() == ["assg", "basic", "paper-sr", "quick", "standard", "thorough"]
     quick, basic = load_suite("quick", BUDGETS, Box()), load_suite("basic", BUDGETS, Box())
     assert [e.threat.key for e in quick.entries] == ["linf_8_255", "l0_1"]
     assert [e.threat.key for e in basic.entries] == ["linf_1_255", "linf_8_255", "l0_1", "l0_2"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -42,38 +43,65 @@ class Estimator(ABC):
 
     name: ClassVar[str]
 
+    @property
     @abstractmethod
-    def rule(self, memory: Memory) -> Surrogate | BackwardRule | None:
-        """Return what the neurons use in the next backward pass; ``None``: their training surrogate."""
+    def parts(self) -> tuple[SingleEstimator, ...]:
+        """The estimators whose gradients are averaged."""
 
     @property
-    def parts(self) -> tuple[Estimator, ...]:
-        """The estimators whose gradients are averaged."""
-        return (self,)
+    def per_sample(self) -> bool:
+        """Whether the gradient of a sample depends on nothing but the sample; else attacks drop no sample early."""
+        return True
 
     @property
     def label(self) -> str:
-        """Short name for rows and tables."""
-        return self.name
+        """Short name for rows and tables: the name, and the settings that are not the default."""
+        changed = [value for f in fields(self) if (value := getattr(self, f.name)) != f.default]
+        return "-".join([self.name, *(f"{value:g}" if isinstance(value, float) else str(value) for value in changed)])
 
     def refusal(self, model: object) -> str | None:
         """Say why this estimator cannot be used on a model, or ``None``."""
         neurons = [m for m in model.modules() if isinstance(m, SpikingNeuron)] if isinstance(model, nn.Module) else []
-        rule = self.rule(Memory())
-        if rule is None:
-            return None
-        if not neurons:
+        rules = [rule for part in self.parts if (rule := part.rule(Memory())) is not None]
+        if rules and not neurons:
             return (
                 f"the estimator {self} replaces surrogate gradients, but {type(model).__name__} has no spiking neuron of "
                 "sg_lightning: wrap snnTorch networks with from_snntorch(...), and leave estimator=None for other models"
             )
         tied = [type(neuron).__name__ for neuron in neurons if neuron.slopes_only]
-        if tied and not isinstance(rule, Surrogate | SlopeRule):
+        if tied and not all(isinstance(rule, Surrogate | SlopeRule) for rule in rules):
             return (
                 f"the estimator {self} replaces the whole backward pass of a neuron, but {tied[0]} can only follow new "
                 "slopes; use BPTT, PDSG or ASSG"
             )
         return None
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain data that identifies the estimator (for hashes and tables)."""
+        return {"name": self.name, **asdict(self)}
+
+    def _check(self, name: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
+        """Make the setting a float in [low, high), with ``above`` in (low, high), or raise ``ValueError``."""
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not low <= value < high or (above and value == low):
+            least = f"above {low:g}" if above else f"{low:g} or more"
+            raise ValueError(f"{self.name}: {name} must be a number {least} and below {high:g}, got {value!r}")
+        object.__setattr__(self, name, float(value))
+
+
+@dataclass(frozen=True)
+class SingleEstimator(Estimator):
+    """Base of the estimators that take one backward pass."""
+
+    @abstractmethod
+    def rule(self, memory: Memory) -> Surrogate | BackwardRule | None:
+        """Return what the neurons use in the next pass, forward and back; ``None``: their training surrogate."""
+
+    @property
+    def parts(self) -> tuple[SingleEstimator, ...]:
+        """Itself."""
+        return (self,)
 
     @contextmanager
     def applied(self, model: object, memory: Memory) -> Iterator[None]:
@@ -89,7 +117,3 @@ class Estimator(ABC):
         finally:
             for neuron, held in zip(neurons, before, strict=True):
                 neuron.attack_rule = held
-
-    def describe(self) -> dict[str, Any]:
-        """Return plain data that identifies the estimator (for hashes and tables)."""
-        return {"name": self.name, **asdict(self)}

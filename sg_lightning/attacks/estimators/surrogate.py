@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from sg_lightning.attacks.estimators.base import Estimator, Memory
+from sg_lightning.attacks.estimators.base import Memory, SingleEstimator
 from sg_lightning.neurons import Surrogate
 
 
 @dataclass(frozen=True)
-class BPTT(Estimator):
+class BPTT(SingleEstimator):
     """Back-propagate through time with another surrogate.
 
     Args:
