@@ -52,11 +52,13 @@ VOTES = {"digits-poisson": 5}
 
 
 class Bench:
-    """One subject: its model behind an oracle, its test images, and who is right without an attack."""
+    """One subject: its model behind an oracle, its test (or validation) images, and who is right without an attack."""
 
-    def __init__(self, subject: str, steps: int, data_dir: str) -> None:
+    def __init__(self, subject: str, steps: int, data_dir: str, part: str = "test") -> None:
         self.subject, self.steps, self.data_dir = subject, steps, data_dir
         self.model, self.x, self.y = prepare(subject, data_dir)
+        if part == "validation":
+            self.x, self.y = validation(subject, len(self.y), data_dir)
         self.threat = Linf(SUBJECTS[subject].eps["linf"])
         self.clean = self.oracle().correct(self.x, self.y)
 
