@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.gradient import PGD
 from sg_lightning.attacks.losses import get_loss
 from sg_lightning.attacks.oracle import Oracle, check_labels
-from sg_lightning.attacks.search import Samples, finite, normalised, value
+from sg_lightning.attacks.search import Samples, finite, normalised, value, whole_number
 from sg_lightning.inputs import select
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import EventFlips
@@ -39,12 +40,6 @@ def require_binary(threat: EventFlips, what: str) -> None:
     """Raise ``ValueError`` unless the threat is about binary rasters."""
     if threat.domain.lattice != "binary":
         raise ValueError(f"{what} is defined on binary rasters, but the domain is {threat.domain}; use GreedyFlips")
-
-
-def require_count(name: str, value: int) -> None:
-    """Raise ``ValueError`` unless ``value`` is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
 
 
 def with_events(point: Tensor, events: Tensor) -> Tensor:
@@ -122,9 +117,9 @@ class GreedyFlips(Attack):
         super().__post_init__()
         require_flips(self)
         get_loss(self.loss)
-        require_count("per_round", self.per_round)
+        whole_number("per_round", self.per_round, 1)
         if self.candidates is not None:
-            require_count("candidates", self.candidates)
+            whole_number("candidates", self.candidates, 1)
 
     @property
     def title(self) -> str:
@@ -138,8 +133,7 @@ class GreedyFlips(Attack):
         threat = require_flips(self)
         limit = threat.limits(x).long()
         at = Samples(index=torch.arange(len(y), device=y.device), x=x, y=y, point=x, left=limit, memory=Memory())
-        rounds = -(-int(limit.max()) // self.per_round)
-        for done in range(rounds):
+        for done in count():
             found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory)
             check_labels(at.y, found.logits.shape[1])
             progress.record(at.index, at.point, found.loss, found.logits.argmax(1) != at.y, done, oracle.eot, found)
@@ -157,8 +151,6 @@ class GreedyFlips(Attack):
             chosen = torch.where(useful, events.gather(1, place), 2 * at.x[0].numel())
             at.point = with_events(at.point, chosen.unsqueeze(1)).squeeze(1)
             at.left = torch.where(useful.any(1), at.left - useful.sum(1), 0)
-        loss, wrong = value(oracle, at.point, at.y, self.loss)
-        progress.record(at.index, at.point, loss, wrong, rounds, 1)
 
 
 @dataclass(frozen=True)
@@ -196,7 +188,7 @@ class SwapFlips(PGD):
         super().__post_init__()
         require_flips(self)
         for name in ("swaps", "width", "candidates"):
-            require_count(name, getattr(self, name))
+            whole_number(name, getattr(self, name), 1)
 
     @property
     def title(self) -> str:
@@ -290,7 +282,7 @@ class UniversalFlips(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         get_loss(self.loss)
-        require_count("steps", self.steps)
+        whole_number("steps", self.steps, 1)
         require_binary(require_flips(self), "a universal pattern of flips")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.estimators import Memory
-from sg_lightning.attacks.flips import require_count
 from sg_lightning.attacks.losses import get_loss
 from sg_lightning.attacks.oracle import Oracle, check_labels
-from sg_lightning.attacks.search import Samples, finite, value
+from sg_lightning.attacks.search import Samples, finite, value, whole_number
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import SpikeRetiming
 from sg_lightning.threats.trains import Packets, lines, place_at_favourite, raster
@@ -64,7 +63,7 @@ class SpikeRetimingAttack(Attack):
         self._retiming()
         get_loss(self.loss)
         if self.steps is not None:
-            require_count("steps", self.steps)
+            whole_number("steps", self.steps, 1)
         for name in ("temperature", "step_size", "bound"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.estimators import Memory
-from sg_lightning.attacks.flips import best_first, require_binary, require_count, require_flips, try_events
+from sg_lightning.attacks.flips import best_first, require_binary, require_flips, try_events
 from sg_lightning.attacks.losses import margin
 from sg_lightning.attacks.oracle import Gradient, Oracle, check_labels
-from sg_lightning.attacks.search import Samples, finite, value
+from sg_lightning.attacks.search import Samples, finite, value, whole_number
 from sg_lightning.sampling import SampleGenerator
 
 
@@ -51,8 +51,8 @@ class SDA(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_count("rounds", self.rounds)
-        require_count("first", self.first)
+        whole_number("rounds", self.rounds, 1)
+        whole_number("first", self.first, 1)
         require_binary(require_flips(self), "SDA")
 
     @property

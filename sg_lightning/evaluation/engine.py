@@ -146,7 +146,7 @@ class RobustnessRun:
         sizes = threat.size(found.x_adv, part.x)
         # An example outside its threat is a fault of the attack: it never counts as success, nor as robustness. But the
         # smallest example of a sample may well be larger than eps.
-        invalid = found.invalid | ~(verdict.inside | (attack.minimal & (sizes > threat.budget)))
+        invalid = found.invalid | ~(verdict.inside | (attack.minimal & (sizes > threat.limits(part.x))))
         fell[index] = broken | invalid
         for k, position in enumerate(index.tolist()):
             status: Status = "invalid" if invalid[k] else "broken" if broken[k] else "survived"

@@ -56,7 +56,7 @@ class _Ball(SingleThreat):
         """Draw a float64 (B, n) change on the surface of the ball, uniform on it (L-infinity: in the cube)."""
 
     def project(self, x_adv: Tensor, x: Tensor, eps: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Return the nearest point in ball and box; exact, by sorting."""
+        """Return the nearest point in ball and box; exact, by sorting. ``eps`` (B,): a budget for each sample."""
         radius = self.budget if eps is None else eps.double().unsqueeze(1)
         change = (x_adv.double() - x.double()).flatten(1)
         room = torch.minimum(self._room(x, change), change.abs())

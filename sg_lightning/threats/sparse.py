@@ -107,7 +107,7 @@ class L0(_Counting):
         return self.per_value(top_k(pixels, self.count if count is None else count), shape)
 
     def project(self, x_adv: Tensor, x: Tensor, eps: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Keep the pixels whose undoing would cost most distance, clipped to the domain."""
+        """Keep the pixels whose undoing would cost most distance, clipped to the domain; ``eps`` (B,): one per sample."""
         change = (x_adv.double() - x.double()).flatten(1)
         clipped = change.sign() * torch.minimum(change.abs(), self._room(x, change))
         if self.domain.lattice is not None:
@@ -201,7 +201,8 @@ class EventFlips(_Counting):
     def project(self, x_adv: Tensor, x: Tensor, eps: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Keep the eps single events whose undoing would cost most distance.
 
-        The real-valued L1 projection rounded by largest remainders, which is optimal for whole events.
+        The real-valued L1 projection rounded by largest remainders, which is optimal for whole events. ``eps`` (B,): a
+        budget for each sample.
         """
         events = (self.limits(x) if eps is None else eps.double()).unsqueeze(1)
         change = (x_adv.double() - x.double()).flatten(1)

@@ -1,5 +1,7 @@
 """Evaluation on spikes: shares in rows, timing budgets, relaxed norms that are marked and left out of the union."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -111,7 +113,7 @@ def test_relaxed_norms_alone_make_a_union_of_their_own():
 def test_infeasible_perturbations_never_pass_unmarked():
     class Module:
         domain = Binary()
-        budgets = {"linf": Budget(eps=(0.1,), headline=0.1)}
+        budgets: ClassVar = {"linf": Budget(eps=(0.1,), headline=0.1)}
 
         def prepare_data(self):
             pass
