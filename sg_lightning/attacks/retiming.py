@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -62,8 +62,9 @@ class SpikeRetimingAttack(Attack):
         super().__post_init__()
         self._retiming()
         get_loss(self.loss)
-        if self.steps is not None:
-            whole_number("steps", self.steps, 1)
+        if self.steps is None:
+            object.__setattr__(self, "steps", 20 if self._retiming().measure == "inf" else 40)
+        whole_number("steps", self.steps, 1)
         for name in ("temperature", "step_size", "bound"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
@@ -77,13 +78,9 @@ class SpikeRetimingAttack(Attack):
         return self.threat
 
     @property
-    def _steps(self) -> int:
-        return self.steps or (20 if self._retiming().measure == "inf" else 40)
-
-    @property
     def title(self) -> str:
         """``retiming-<steps>``."""
-        return f"retiming-{self._steps}"
+        return f"retiming-{self.steps}"
 
     def _search(  # type: ignore[override]
         self, oracle: Oracle, x: Tensor, y: Tensor, noise: SampleGenerator, progress: Progress, early_drop: bool
@@ -95,7 +92,7 @@ class SpikeRetimingAttack(Attack):
         at = Samples(
             index=everyone, x=x, y=y, memory=Memory(), limit=threat.limits(x), timing=_Timing.start(threat, x)
         )  # fmt: skip
-        for step in range(self._steps):
+        for step in range(cast("int", self.steps)):
             if early_drop:
                 at.keep(progress.open(at.index))
             if len(at.index) == 0:
@@ -115,7 +112,7 @@ class SpikeRetimingAttack(Attack):
         times = threat.schedule(at.timing.packets, at.timing.shares(self.temperature), at.limit)
         point = raster(at.timing.packets.at(times), at.x)
         loss, wrong = value(oracle, point, at.y, self.loss)
-        progress.record(at.index, point, loss, wrong, self._steps, 1)
+        progress.record(at.index, point, loss, wrong, cast("int", self.steps), 1)
 
     def _slope(self, threat: SpikeRetiming, at: Samples) -> Tensor:
         """Differentiate loss and penalties by the logits, (P, K)."""

@@ -476,7 +476,7 @@ def test_retiming_shows_the_network_what_the_published_attack_shows(measure, bud
 def test_retiming_defaults_are_those_of_the_paper():
     assert [SpikeRetimingAttack(SpikeRetiming(1, measure=m)).name for m in ("inf", "1", "0")] == ["retiming-20", "retiming-40", "retiming-40"]  # fmt: skip
     attack = make_attack(SpikeRetiming(1), "retiming")
-    assert attack == SpikeRetimingAttack(SpikeRetiming(1), None, 1.0, 1.0, 10.0, 20.0, 10.0)
+    assert attack == SpikeRetimingAttack(SpikeRetiming(1), 20, 1.0, 1.0, 10.0, 20.0, 10.0)
 
 
 # --- universal ---------------------------------------------------------------------------------------------------------

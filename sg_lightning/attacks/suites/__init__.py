@@ -16,7 +16,7 @@ from sg_lightning.attacks.base import Attack
 from sg_lightning.attacks.estimators import ENSEMBLES
 from sg_lightning.attacks.registry import make_attack
 from sg_lightning.domains import Domain
-from sg_lightning.threats import Budgets, Joint, Threat, is_relaxed
+from sg_lightning.threats import Budgets, Joint, SingleThreat, Threat, is_relaxed
 from sg_lightning.threats.base import is_share
 from sg_lightning.threats.budget import THREATS
 
@@ -149,7 +149,7 @@ def load_suite(suite: str | Path | Suite, budgets: Budgets, domain: Domain | Non
         for threat in budget.threats(norm, domain):
             headline = budget.is_headline(threat.eps)
             if headline or content.get("eps", "all") == "all":
-                attacks = tuple(_build(name, item, threat) for item in _items(name, content, norm))
+                attacks = tuple(_build(name, item, threat) for item in _items(name, content, threat))
                 twice = [a for a, count in Counter(attack.name for attack in attacks).items() if count > 1]
                 if twice:
                     raise ValueError(f"suite {name!r} runs {twice[0]} twice under {norm}; change or drop one of them")
@@ -196,8 +196,10 @@ def read_suite(suite: str | Path) -> tuple[str, dict[str, Any]]:
     return name, content
 
 
-def _items(name: str, content: dict[str, Any], norm: str) -> list[dict[str, Any]]:
+def _items(name: str, content: dict[str, Any], threat: SingleThreat) -> list[dict[str, Any]]:
+    """List the attacks under a threat; what is made for a norm also runs under its relaxation."""
     items = []
+    names = {threat.norm, threat.norm.removeprefix("relaxed_")}
     for item in content["attacks"]:
         if not isinstance(item, dict) or "attack" not in item:
             raise ValueError(
@@ -209,8 +211,12 @@ def _items(name: str, content: dict[str, Any], norm: str) -> list[dict[str, Any]
             raise ValueError(
                 f"suite {name!r}: 'only' names unknown norms {sorted(strange)}; known: {', '.join(_ORDER)}"
             )
-        if norm in only:
-            settings = {key: value for key, value in item.items() if key not in ("only", "estimators")}
+        own = threat.domain.lattice or "none"
+        lattice = item.get("lattice", own)
+        if lattice not in ("binary", "count", "none"):
+            raise ValueError(f"suite {name!r}: 'lattice' is binary, count or none (real values), got {lattice!r}")
+        if names & set(only) and lattice == own:
+            settings = {key: value for key, value in item.items() if key not in ("only", "lattice", "estimators")}
             swaps = item.get("estimators", [settings.pop("estimator", None)])
             swaps = ENSEMBLES.get(swaps, swaps) if isinstance(swaps, str) else swaps
             if not isinstance(swaps, list | tuple) or not swaps:
