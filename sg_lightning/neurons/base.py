@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sg_lightning.neurons import surrogates
 from sg_lightning.neurons.surrogates import Surrogate
+from sg_lightning.recipes import Recorded
 
 Reset = Literal["zero", "subtract", "none"]
 
@@ -34,7 +35,7 @@ class Dynamics:
         return self.reset == "subtract" and self.reset_delay
 
 
-class SpikingNeuron(nn.Module):
+class SpikingNeuron(Recorded, nn.Module):
     """Base of every module whose backward pass uses a surrogate gradient.
 
     Attributes:

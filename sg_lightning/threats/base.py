@@ -14,6 +14,7 @@ from typing_extensions import Self  # typing has it from Python 3.11
 
 from sg_lightning.domains import Domain
 from sg_lightning.inputs import Input
+from sg_lightning.recipes import Storable
 from sg_lightning.sampling import SampleGenerator
 
 TOLERANCE = 1e-6  # relative, for float32 budgets
@@ -34,6 +35,7 @@ def parse_eps(eps: float | str, owner: str = "eps") -> float:
     return value
 
 
+@Storable.register
 @dataclass(frozen=True)
 class Threat(ABC):
     """The perturbations an attacker may make. Subclasses are frozen: data, not code of an attack.

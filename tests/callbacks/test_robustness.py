@@ -59,8 +59,8 @@ def loader(n=30, shuffle=False, seed=0):
 
 def trainer(*callbacks, **options):
     return pl.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=list(callbacks), **{"max_epochs": 3, **options},
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=list(callbacks), **{"max_epochs": 3, "enable_checkpointing": False, **options},
     )  # fmt: skip
 
 
