@@ -52,8 +52,8 @@ class ByteImages(Dataset[Batch]):
 class SeededShuffle(DistributedSampler[Batch]):
     """Draw an order that depends on seed and epoch only, so that a resumed run sees the batches it would have seen.
 
-    Each process takes its share of that order; a few samples come twice where the shares would be unequal. Being a
-    DistributedSampler, Lightning leaves it in place.
+    Processes take turns in that order, so that N of them see the batches of one with N times the batch size; a few
+    samples come twice where the shares would be unequal. Being a DistributedSampler, Lightning leaves it in place.
 
     Args:
         data: What to shuffle.
@@ -238,14 +238,15 @@ class ImageData(LightningDataModule):
         }
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment training batches, by draws that depend on seed, epoch, batch and process only."""
+        """Augment training batches, by draws that depend on seed, epoch and place in the batch of all processes."""
         trainer = self.trainer
         if not self.augment or trainer is None or not trainer.training:
             return batch
         x, y = batch
-        noise = SampleGenerator.from_ids(self.seed, torch.arange(len(y)))
-        place = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.global_rank
-        return augmented(x, self.shift, self.mirror, noise.fork("augment", *place)), y
+        place = torch.arange(len(y)) * trainer.world_size + trainer.global_rank
+        step = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        noise = SampleGenerator.from_ids(self.seed, place).fork("augment", *step)
+        return augmented(x, self.shift, self.mirror, noise), y
 
 
 def augmented(x: Tensor, shift: int, mirror: bool, noise: SampleGenerator) -> Tensor:

@@ -61,7 +61,7 @@ class SpikingClassifier(Recorded, LightningModule):
 
     A checkpoint holds the settings of its parts too, so :meth:`load_from_checkpoint` needs the path only, and training
     goes on from it exactly (``trainer.fit(module, data, ckpt_path=...)``): what is random in a training step follows from
-    the seed, the epoch, the batch and the process. See :meth:`on_train_batch_start`.
+    the seed, the epoch and the batch. See :meth:`on_train_batch_start`.
 
     Mixins override :meth:`loss_inputs`. Calling ``self(x)`` on the way to a loss marks ``x`` as a point of that loss,
     where :class:`~sg_lightning.callbacks.SparseGradient` takes its penalty; other uses of the network within a step go
@@ -181,13 +181,13 @@ class SpikingClassifier(Recorded, LightningModule):
             self._step_seed = self.trainer.strategy.broadcast(torch.initial_seed())
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed torch anew: dropout, random starts and spikes of a step follow from seed, epoch, batch and process.
+        """Seed torch anew: dropout, random starts and spikes of a step follow from seed, epoch and batch.
 
         So a run that goes on from a checkpoint, also from the middle of an epoch, is the uninterrupted one to the bit,
-        on one process or several, whatever was drawn in between.
+        whatever was drawn in between; and all processes stay in step.
         """
         key = SampleGenerator.from_ids(self._step_seed or 0, [0])
-        torch.manual_seed(int(key.fork("step", self.current_epoch, batch_idx, self.global_rank).keys))
+        torch.manual_seed(int(key.fork("step", self.current_epoch, batch_idx).keys))
 
     def on_fit_end(self) -> None:
         """Forget the seed."""
