@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from sg_lightning.attacks import BPTT
+from sg_lightning.attacks import Estimator
 from sg_lightning.callbacks import RobustnessEvaluation
 from sg_lightning.evaluation import RobustnessResult
 
@@ -32,7 +32,7 @@ class RobustTrainer(Trainer):
         out: str | Path | None = None,
         max_samples: int | None = None,
         seed: int = 0,
-        estimator: BPTT | None = None,
+        estimator: Estimator | None = None,
         eot: int = 1,
         votes: int = 1,
         check_samples_count: int = 128,

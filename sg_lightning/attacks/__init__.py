@@ -1,29 +1,49 @@
 """The attack engine: optimisers inside a threat model that touch the model through an Oracle only."""
 
+from sg_lightning.attacks.apgd import APGD
 from sg_lightning.attacks.base import Attack, AttackResult
-from sg_lightning.attacks.estimators import BPTT
-from sg_lightning.attacks.gradient import ATTACKS, FGSM, PGD, RFGSM, RandomNoise
+from sg_lightning.attacks.estimators import ASSG, BPTR, BPTT, ENSEMBLES, HART, PDSG, RGA, Act, Estimator, Mix
+from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, MultiTargeted, RandomNoise
 from sg_lightning.attacks.losses import LOSSES
 from sg_lightning.attacks.oracle import Oracle
+from sg_lightning.attacks.registry import ATTACKS, ESTIMATORS, make_attack, make_estimator
+from sg_lightning.attacks.sapgd import SAPGD
 from sg_lightning.attacks.suites import Entry, Suite, load_suite, read_suite, suite_names
+from sg_lightning.attacks.tuning import tune
 from sg_lightning.attacks.verification import Verdict, verify
 
 __all__ = [
+    "APGD",
+    "ASSG",
     "ATTACKS",
+    "BPTR",
     "BPTT",
+    "ENSEMBLES",
+    "ESTIMATORS",
     "FGSM",
+    "HART",
     "LOSSES",
+    "PDSG",
     "PGD",
     "RFGSM",
+    "RGA",
+    "SAPGD",
+    "Act",
     "Attack",
     "AttackResult",
     "Entry",
+    "Estimator",
+    "Mix",
+    "MultiTargeted",
     "Oracle",
     "RandomNoise",
     "Suite",
     "Verdict",
     "load_suite",
+    "make_attack",
+    "make_estimator",
     "read_suite",
     "suite_names",
+    "tune",
     "verify",
 ]

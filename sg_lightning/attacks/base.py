@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import Self  # typing has it from Python 3.11
 
+from sg_lightning.attacks.estimators import Estimator
 from sg_lightning.attacks.oracle import Gradient, Oracle
 from sg_lightning.inputs import Input, assign, batch_size, detached, device_of, select, tensors
 from sg_lightning.recipes import Storable
@@ -71,23 +72,39 @@ class Progress:
         found: Gradient | None = None,
     ) -> None:
         """Keep the evaluated points of the samples ``index`` that improve on what is held; ``found`` with a gradient."""
-        open_ = ~self.invalid[index]
-        if self.goal == "success":
-            open_ &= ~self.success[index]
-            first = wrong & open_
-        else:
-            first = torch.zeros_like(wrong)
+        open_ = self._spend(index, iteration, queries, found)
+        first = wrong & open_ if self.goal == "success" else torch.zeros_like(wrong)
         better = open_ & (first | (loss.double() > self.loss[index]))
         kept = index[better]
         assign(self.x_adv, kept, select(x_adv, better))
         self.loss[kept] = loss[better].double()
         self.success[kept] = wrong[better] if self.goal == "loss" else first[better]
-        self.queries[index[open_]] += queries
-        self.iterations[index[open_]] = iteration
+        self._mark(index, found)
+
+    def _spend(self, index: Tensor, iteration: int, queries: int, found: Gradient | None = None) -> Tensor:
+        """Count what the samples ``index`` cost; return who was still searched, bool."""
+        searched = ~self.invalid[index]
+        if self.goal == "success":
+            searched &= ~self.success[index]
+        self.queries[index[searched]] += queries
+        self.iterations[index[searched]] = iteration
         if found is not None:
-            self.gradients[index[open_]] += 1
-            self.zero_gradients[index[open_]] += found.zero[open_].long()
+            self.gradients[index[searched]] += 1
+            self.zero_gradients[index[searched]] += found.zero[searched].long()
+        return searched
+
+    def discard(self, index: Tensor, iteration: int, queries: int, found: Gradient | None = None) -> None:
+        """Count a point outside the threat, which a search may pass through but never keeps."""
+        self._spend(index, iteration, queries, found)
+        self._mark(index, found)
+
+    def _mark(self, index: Tensor, found: Gradient | None) -> None:
+        if found is not None:
             self.invalid[index] |= found.invalid & ~self.success[index]
+
+    def open(self, index: Tensor) -> Tensor:
+        """Tell which of the samples ``index`` are neither broken nor invalid, bool."""
+        return ~(self.success | self.invalid)[index]
 
     def result(self) -> AttackResult:
         """Freeze into a result."""
@@ -104,19 +121,28 @@ class Attack(ABC):
 
     Args:
         threat: The allowed perturbations.
+        estimator: What replaces the surrogate gradients of spiking neurons; ``None``: what the oracle says.
     """
 
     threat: Threat
+    estimator: Estimator | None = field(default=None, kw_only=True)
     kind: ClassVar[str]
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, Threat):
             raise TypeError(f"threat must be a threat model such as Linf('8/255'), got {self.threat!r}")
+        if self.estimator is not None and not isinstance(self.estimator, Estimator):
+            raise TypeError(f"estimator must be a gradient estimator such as BPTT(Atan(2.0)), got {self.estimator!r}")
+
+    @property
+    def title(self) -> str:
+        """Kind and main settings, e.g. ``pgd-40x2``."""
+        return self.kind
 
     @property
     def name(self) -> str:
-        """Short name for rows and tables, e.g. ``pgd-40x2``."""
-        return self.kind
+        """Short name for rows and tables: the title, and the estimator if there is one, e.g. ``pgd-40/assg``."""
+        return self.title if self.estimator is None else f"{self.title}/{self.estimator.label}"
 
     def __call__(
         self, model: Callable[..., Any], x: Input, y: Tensor, *, generator: torch.Generator | None = None
@@ -159,10 +185,12 @@ class Attack(ABC):
         check_batch(x, y)
         self.threat.check(x)
         noise = as_sample_generator(generator, batch_size(x))
+        oracle = oracle.using(self.estimator)
+        drop = early_drop and goal == "success" and not oracle.stochastic and oracle.per_sample
         with oracle.attacking():
             x, y = detached(x), y.detach().clone()
             progress = Progress(x, goal)
-            self._search(oracle, x, y, noise, progress, early_drop and goal == "success" and not oracle.stochastic)
+            self._search(oracle, x, y, noise, progress, drop)
             if oracle.stochastic and goal == "success":
                 # A single noisy error is no success: the majority of fresh draws decides.
                 progress.success = oracle.misclassified(progress.x_adv, y) & ~progress.invalid
@@ -181,8 +209,9 @@ class Attack(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Return plain data that identifies the attack without its threat (for hashes and tables)."""
-        settings = {k: v for k, v in vars(self).items() if k != "threat"}
-        return {"attack": self.kind, **settings}
+        settings = {k: v for k, v in vars(self).items() if k not in ("threat", "estimator")}
+        swapped = {} if self.estimator is None else {"estimator": self.estimator.describe()}
+        return {"attack": self.kind, **settings, **swapped}
 
 
 def check_batch(x: Input, y: Tensor) -> None:

@@ -9,19 +9,14 @@ import torch
 from torch import Tensor
 
 from sg_lightning.attacks.base import Attack, Progress
-from sg_lightning.attacks.losses import get_loss
+from sg_lightning.attacks.estimators import Memory
+from sg_lightning.attacks.losses import Loss, get_loss
 from sg_lightning.attacks.oracle import Oracle, check_labels
-from sg_lightning.inputs import Input, apply, select
+from sg_lightning.attacks.search import Samples, finite, normalised, runs, value, whole_number
+from sg_lightning.inputs import Input, apply
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import Linf
 from sg_lightning.threats.base import parse_eps
-
-
-def _evaluate(oracle: Oracle, point: Input, x: Input, y: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """Return loss and misclassification (B,) by one forward pass."""
-    logits = oracle.logits(point)
-    check_labels(y, logits.shape[1])
-    return get_loss(loss)(logits, y), logits.argmax(1) != y
 
 
 @dataclass(frozen=True)
@@ -57,9 +52,9 @@ class FGSM(Attack):
         start = self._start(x, noise)
         found = oracle.value_and_grad(start, y, get_loss(self.loss))
         check_labels(y, found.logits.shape[1])
-        progress.record(everyone, start, found.loss, found.logits.argmax(1) != y, 0, oracle.eot, found)
+        progress.record(everyone, start, found.loss, found.logits.argmax(1) != y, 0, oracle.passes, found)
         x_adv = self._step(start, found.grad, x)
-        loss, wrong = _evaluate(oracle, x_adv, x, y, self.loss)
+        loss, wrong = value(oracle, x_adv, y, self.loss)
         # A single step has one answer: the stepped point, also where the start had the higher loss.
         progress.loss[~progress.success] = -torch.inf
         progress.record(everyone, x_adv, loss, wrong, 1, 1)
@@ -138,78 +133,98 @@ class PGD(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         get_loss(self.loss)
-        for name in ("steps", "restarts"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        whole_number("steps", self.steps, 1)
+        whole_number("restarts", self.restarts, 1)
         if self.step_size is not None and parse_eps(self.step_size, "step_size") == 0:
             raise ValueError("step_size must be above 0; leave it out for the default 2.5 eps / steps")
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         """``pgd-<steps>``, with ``x<restarts>`` if there are several."""
         return f"pgd-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")
 
     def _search(
         self, oracle: Oracle, x: Input, y: Tensor, noise: SampleGenerator, progress: Progress, early_drop: bool
     ) -> None:
-        everyone = torch.arange(len(y), device=y.device)
-        if self.random_start and progress.goal == "success":
-            # Already misclassified samples need no search.
-            loss, wrong = _evaluate(oracle, x, x, y, self.loss)
-            progress.record(everyone, x, loss, wrong, 0, 1)
-        for restart in range(self.restarts):
-            index = everyone[~(progress.success | progress.invalid)] if early_drop else everyone
-            if len(index) == 0:
-                return
-            self._ascend(oracle, x, y, index, noise.fork("restart", restart), progress, early_drop, restart)
+        # Already misclassified samples need no search; a clean start finds them by itself.
+        clean = self.random_start and progress.goal == "success"
+        for at in runs(
+            oracle, x, y, noise, progress, early_drop, loss=self.loss, restarts=self.restarts, judge_clean=clean
+        ):
+            if self.random_start or at.number:
+                at.point = self.threat.random_start(at.x, at.noise)
+            self._ascend(oracle, at, get_loss(self.loss), progress, early_drop)
 
-    def _ascend(
-        self,
-        oracle: Oracle,
-        x_all: Input,
-        y_all: Tensor,
-        index: Tensor,
-        noise: SampleGenerator,
-        progress: Progress,
-        early_drop: bool,
-        restart: int,
-    ) -> None:
-        x, y = select(x_all, index), y_all[index]
-        clean_start = restart == 0 and not self.random_start
-        point = x if clean_start else self.threat.random_start(x, noise.select(index))
+    def _ascend(self, oracle: Oracle, at: Samples, loss: Loss, progress: Progress, early_drop: bool) -> None:
+        """Climb ``loss`` of (logits, ``at.goal``) from ``at.point``; progress is judged by the untargeted loss."""
+        done = at.number * self.steps
+        at.memory, at.trend = Memory(), apply(torch.zeros_like, at.x)
         decay = (0.75 if self.threat.discrete else 0.0) if self.momentum is None else self.momentum
-        trend = apply(torch.zeros_like, x)
         for step in range(self.steps):
-            found = oracle.value_and_grad(point, y, get_loss(self.loss))
-            check_labels(y, found.logits.shape[1])
-            done = restart * self.steps + step
-            progress.record(index, point, found.loss, found.logits.argmax(1) != y, done, oracle.eot, found)
-            gradient = apply(lambda g: torch.nan_to_num(g, 0.0, 0.0, 0.0), found.grad)
+            found = oracle.value_and_grad(at.point, at.goal, loss, at.memory)
+            check_labels(at.y, found.logits.shape[1])
+            judged, wrong = get_loss(self.loss)(found.logits, at.y), found.logits.argmax(1) != at.y
+            progress.record(at.index, at.point, judged, wrong, done + step, oracle.passes, found)
+            at.gradient = finite(found.grad)
             if early_drop:
-                alive = ~(progress.success | progress.invalid)[index]
-                if not bool(alive.all()):
-                    index, x, y, point = index[alive], select(x, alive), y[alive], select(point, alive)
-                    gradient, trend = select(gradient, alive), select(trend, alive)
-                if len(index) == 0:
+                at.keep(progress.open(at.index))
+                if len(at.index) == 0:
                     return
             if decay:
-                trend = apply(lambda m, g: decay * m + _normalised(g), trend, gradient)
-                gradient = trend
+                at.trend = apply(lambda m, g: decay * m + normalised(g), at.trend, at.gradient)
+                at.gradient = at.trend
             size = self.threat.default_step(self.steps, step) if self.step_size is None else parse_eps(self.step_size)
-            point = self.threat.project(self.threat.steepest_step(point, gradient, x, size), x)
-        loss, wrong = _evaluate(oracle, point, x, y, self.loss)
-        progress.record(index, point, loss, wrong, (restart + 1) * self.steps, 1)
+            at.point = self.threat.project(self.threat.steepest_step(at.point, at.gradient, at.x, size), at.x)
+        judged, wrong = value(oracle, at.point, at.y, self.loss)
+        progress.record(at.index, at.point, judged, wrong, done + self.steps, 1)
 
 
-def _normalised(grad: Tensor) -> Tensor:
-    """Divide by the mean absolute value per sample, safely for gradients of any scale."""
-    top = grad.abs().flatten(1).amax(1).view(-1, *[1] * (grad.dim() - 1))
-    scaled = grad / top.clamp_min(torch.finfo(grad.dtype).tiny)
-    mean = scaled.abs().flatten(1).mean(1).view_as(top)
-    return scaled / mean.clamp_min(torch.finfo(grad.dtype).tiny)
+@dataclass(frozen=True)
+class MultiTargeted(PGD):
+    """Run PGD towards each of the most likely wrong classes, climbing target logit minus true logit.
+
+    Args:
+        threat: The allowed perturbations.
+        steps: Gradient steps per target and restart, >= 1.
+        step_size: As in :class:`PGD`.
+        restarts: Random starts per target, >= 1.
+        random_start: As in :class:`PGD`.
+        loss: What survivors are compared by; the default is the untargeted margin.
+        momentum: As in :class:`PGD`.
+        targets: How many classes, >= 1; at most the number of wrong classes counts.
+
+    Raises:
+        ValueError: on settings out of range.
+
+    Source:
+        Gowal et al., "An alternative surrogate loss for PGD-based adversarial testing", arXiv 1910.09338; the optimiser
+        is PGD with steepest steps, theirs Adam on signs.
+    """
+
+    loss: str = "margin"
+    targets: int = 9
+    kind: ClassVar[str] = "multitargeted"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole_number("targets", self.targets, 1)
+
+    @property
+    def title(self) -> str:
+        """``multitargeted-<steps>t<targets>``, with ``x<restarts>`` if there are several."""
+        return f"{self.kind}-{self.steps}t{self.targets}" + (f"x{self.restarts}" if self.restarts > 1 else "")
+
+    def _search(
+        self, oracle: Oracle, x: Input, y: Tensor, noise: SampleGenerator, progress: Progress, early_drop: bool
+    ) -> None:
+        for at in runs(
+            oracle, x, y, noise, progress, early_drop, loss=self.loss, restarts=self.restarts, targets=self.targets
+        ):
+            if self.random_start or at.number:
+                at.point = self.threat.random_start(at.x, at.noise)
+            self._ascend(oracle, at, get_loss("margin", targeted=True), progress, early_drop)
 
 
 @dataclass(frozen=True)
@@ -226,8 +241,7 @@ class RandomNoise(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.draws, int) or self.draws < 1:
-            raise ValueError(f"draws must be a whole number >= 1, got {self.draws!r}")
+        whole_number("draws", self.draws, 1)
 
     def _search(
         self, oracle: Oracle, x: Input, y: Tensor, noise: SampleGenerator, progress: Progress, early_drop: bool
@@ -235,8 +249,5 @@ class RandomNoise(Attack):
         everyone = torch.arange(len(y), device=y.device)
         for draw in range(self.draws):
             point = self.threat.sample(x, noise.fork("draw", draw))
-            loss, wrong = _evaluate(oracle, point, x, y, "margin")
+            loss, wrong = value(oracle, point, y, "margin")
             progress.record(everyone, point, loss, wrong, draw + 1, 1)
-
-
-ATTACKS: dict[str, type[Attack]] = {attack.kind: attack for attack in (FGSM, RFGSM, PGD, RandomNoise)}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from sg_lightning.attacks.estimators import BPTT
+from sg_lightning.attacks.estimators import Estimator, Memory
 from sg_lightning.attacks.losses import Loss
 from sg_lightning.inputs import Input, apply, batch_size, device_of, rebuild, select, tensors
 
@@ -82,7 +82,7 @@ class Oracle:
     """
 
     model: Callable[..., Any]
-    estimator: BPTT | None = None
+    estimator: Estimator | None = None
     eot: int = 1
     votes: int = 1
     autocast: torch.dtype | None = None
@@ -102,9 +102,9 @@ class Oracle:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         if not callable(self.model):
             raise TypeError(f"model must be callable, x -> logits, got {type(self.model).__name__}")
-        if self.estimator is not None:
-            with self.estimator.applied(self.model):  # refuses a model that it cannot apply to, now and not later
-                pass
+        refusal = None if self.estimator is None else self.estimator.refusal(self.model)
+        if refusal is not None:
+            raise ValueError(refusal)
         self._depth = 0
         self.classes = 0  # known after the first forward pass
 
@@ -114,9 +114,27 @@ class Oracle:
         return list(self.model.modules()) if isinstance(self.model, nn.Module) else []
 
     @property
+    def passes(self) -> int:
+        """Forward passes behind one gradient."""
+        return self.eot * (1 if self.estimator is None else len(self.estimator.parts))
+
+    def using(self, estimator: Estimator | None) -> Oracle:
+        """Return an oracle of the same model and the same counts with another estimator (``None``: this one)."""
+        if estimator is None:
+            return self
+        other = replace(self, estimator=estimator)
+        other.classes = self.classes
+        return other
+
+    @property
     def stochastic(self) -> bool:
         """Whether a sub-module declares itself random (attribute ``stochastic``)."""
         return any(getattr(module, "stochastic", False) is True for module in self.modules)
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether the estimator's gradient of a sample depends on nothing but the sample."""
+        return self.estimator is None or self.estimator.per_sample
 
     @contextmanager
     def attacking(self) -> Iterator[None]:
@@ -126,8 +144,6 @@ class Oracle:
             stack.enter_context(torch.enable_grad())
             if self._depth == 0:
                 stack.enter_context(self._preserved())
-                if self.estimator is not None:
-                    stack.enter_context(self.estimator.applied(self.model))
                 if self.mode == "eval":
                     for module in self.modules:
                         module.training = False
@@ -174,16 +190,27 @@ class Oracle:
         """Tell per sample (B,) whether it is classified as ``y``."""
         return ~self.misclassified(x, y)
 
-    def value_and_grad(self, x: Input, y: Tensor, loss: Loss) -> Gradient:
-        """Evaluate loss, logits and input gradient; averaged over ``eot`` forward passes."""
+    def value_and_grad(self, x: Input, y: Tensor, loss: Loss, memory: Memory | None = None) -> Gradient:
+        """Evaluate loss, logits and input gradient; averaged over ``eot`` forward passes.
+
+        Args:
+            x: Inputs (B, ...).
+            y: What the loss takes beside the logits, (B, ...).
+            loss: Per-sample loss.
+            memory: What the estimator knows of these samples from earlier calls; updated. ``None``: nothing.
+        """
+        memory = Memory() if memory is None else memory
         with self.attacking():
-            parts = []
-            start = 0
-            for chunk in self._chunks(x):
-                parts.append(self._gradient(chunk, y[start : start + batch_size(chunk)], loss))
+            chunks = self._chunks(x)
+            if len(chunks) == 1:
+                return self._gradient(x, y, loss, memory)
+            parts, memories, start = [], [], 0
+            for chunk in chunks:
+                index = torch.arange(start, start + batch_size(chunk), device=y.device)
+                memories.append(memory.select(index))
+                parts.append(self._gradient(chunk, y[index], loss, memories[-1]))
                 start += batch_size(chunk)
-        if len(parts) == 1:
-            return parts[0]
+            memory.put(memories)
         grads = [torch.cat(g) for g in zip(*(tensors(part.grad) for part in parts), strict=True)]
         return Gradient(
             torch.cat([p.loss for p in parts]),
@@ -193,26 +220,33 @@ class Oracle:
             torch.cat([p.zero for p in parts]),
         )
 
-    def _gradient(self, x: Input, y: Tensor, loss: Loss) -> Gradient:
+    def _gradient(self, x: Input, y: Tensor, loss: Loss, memory: Memory) -> Gradient:
         x = apply(lambda t: t.detach().clone().requires_grad_(), x)
         losses, logits, grads = None, None, None
-        for _ in range(self.eot):
-            z = self._forward(x)
-            value = loss(z, y)
-            if not value.requires_grad:
-                raise ValueError(
-                    "the model's output does not depend on its input through differentiable operations: it detaches, "
-                    "rounds or runs under no_grad; white-box attacks need a gradient"
-                )
-            g = torch.autograd.grad(value.sum() / self.eot, tensors(x), allow_unused=True)
+        estimators = (None,) if self.estimator is None else self.estimator.parts
+        draws = [(draw, estimator) for draw in range(self.eot) for estimator in estimators]
+        share = 1 / len(draws)
+        for draw, estimator in draws:
+            # The statistics of an estimator are those of one pass, or the average would be over different rules.
+            memory.frozen = draw > 0
+            with nullcontext() if estimator is None else estimator.applied(self.model, memory):
+                z = self._forward(x)
+                value = loss(z, y)
+                if not value.requires_grad:
+                    raise ValueError(
+                        "the model's output does not depend on its input through differentiable operations: it detaches, "
+                        "rounds or runs under no_grad; white-box attacks need a gradient"
+                    )
+                g = torch.autograd.grad(value.sum() * share, tensors(x), allow_unused=True)
             filled = [torch.zeros_like(t) if part is None else part for t, part in zip(tensors(x), g, strict=True)]
-            losses = value.detach() / self.eot if losses is None else losses + value.detach() / self.eot
-            logits = z.detach() / self.eot if logits is None else logits + z.detach() / self.eot
+            losses = value.detach() * share if losses is None else losses + value.detach() * share
+            logits = z.detach() * share if logits is None else logits + z.detach() * share
             grads = filled if grads is None else [a + b for a, b in zip(grads, filled, strict=True)]
         assert losses is not None
         assert logits is not None
         assert grads is not None
-        self.counts.backwards += self.eot * batch_size(x)
+        memory.frozen = False
+        self.counts.backwards += len(draws) * batch_size(x)
         finite = torch.stack([torch.isfinite(g).flatten(1).all(1) for g in grads]).all(0)
         zero = torch.stack([(g == 0).flatten(1).all(1) for g in grads]).all(0)
         self.health.total += batch_size(x)

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DistributedSampler, SequentialSampler
 
-from sg_lightning.attacks import BPTT, Oracle, Suite, load_suite, read_suite
+from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite, read_suite
 from sg_lightning.callbacks.loggers import log_result
 from sg_lightning.domains import Domain
 from sg_lightning.evaluation import RobustnessResult
@@ -59,7 +59,7 @@ class RobustnessEvaluation(Callback):
         max_samples: int | None = None,
         seed: int = 0,
         check_samples_count: int = 0,
-        estimator: BPTT | None = None,
+        estimator: Estimator | None = None,
         eot: int = 1,
         votes: int = 1,
         out: str | Path | None = None,
@@ -115,7 +115,7 @@ class RobustnessEvaluation(Callback):
         self._samples = total if self.max_samples is None else min(total, self.max_samples)
         oracle = Oracle(pl_module, estimator=self.estimator, eot=self.eot, votes=self.votes)
         self._session = Session(
-            oracle, self._resolve(trainer), samples=self._samples, seed=self.seed,
+            oracle, self._resolve(trainer).applicable(pl_module)[0], samples=self._samples, seed=self.seed,
             check_samples_count=self.check_samples_count,
             # While training, each epoch is another network: nothing to go on with.
             out=None if fitting else self._folder(trainer),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from sg_lightning.evaluation.rows import Row
 
 Outcome = Literal["pass", "warn", "fail"]
+SINGLE_STEP = ("fgsm", "rfgsm")
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,26 @@ class Check:
     norm: str = ""
 
 
-def run_checks(rows: Sequence[Row], order: Sequence[tuple[str, str, str]], meta: dict[str, Any]) -> list[Check]:
+@dataclass(frozen=True)
+class Tried:
+    """An attack of the suite at a headline budget: its name in the rows and its settings."""
+
+    norm: str
+    eps: str
+    name: str
+    settings: dict[str, Any]
+
+    def without(self, *keys: str) -> str:
+        """Identify what else is set: attacks that differ in ``keys`` only share it."""
+        return json.dumps({k: v for k, v in self.settings.items() if k not in keys}, sort_keys=True, default=str)
+
+
+def run_checks(rows: Sequence[Row], tried: Sequence[Tried], meta: dict[str, Any]) -> list[Check]:
     """Derive every check that the attacks of the suite allow.
 
     Args:
         rows: All rows; those of phase ``"check"`` hold each attack on the same samples, un-cascaded.
-        order: ``(norm, headline eps, attack)`` from cheap to dear, without the control.
+        tried: The attacks from cheap to dear, without the control.
         meta: ``stochastic``, ``eot``, ``votes``, ``classes``.
     """
     checks = [_gradients(rows), *_randomness(meta), _clean(rows, meta)]
@@ -43,38 +59,39 @@ def run_checks(rows: Sequence[Row], order: Sequence[tuple[str, str, str]], meta:
     for row in rows:
         if row.phase == "check":
             robust[row.norm, row.eps, row.attack][row.id] = row.clean and row.status == "survived"
-    for norm in dict.fromkeys(norm for norm, _, _ in order):
-        eps = next(e for n, e, _ in order if n == norm)
-        attacks = [(a, robust[norm, eps, a]) for n, _, a in order if n == norm and robust.get((norm, eps, a))]
-        if attacks:
-            huge = [(e, got) for (n, e, a), got in robust.items() if n == norm and e != eps]
-            checks += _of_norm(norm, attacks, robust.get((norm, eps, "random"), {}), huge)
+    for norm in dict.fromkeys(attack.norm for attack in tried):
+        mine = [attack for attack in tried if attack.norm == norm]
+        eps = mine[0].eps
+        found = [(attack, robust[norm, eps, attack.name]) for attack in mine if robust.get((norm, eps, attack.name))]
+        if found:
+            huge = [(e, got) for (n, e, _), got in robust.items() if n == norm and e != eps]
+            checks += _of_norm(norm, found, robust.get((norm, eps, "random"), {}), huge)
     return checks
+
+
+Found = tuple[Tried, dict[int, bool]]  # an attack, and which of the checked samples it left standing
 
 
 def _share(found: dict[int, bool]) -> float:
     return sum(found.values()) / len(found) if found else 0.0
 
 
+def _slack(samples: int) -> float:
+    """One sample, or 1 %: what the rounding of float32 may change."""
+    return max(1, round(0.01 * samples)) / samples
+
+
 def _of_norm(
-    norm: str,
-    attacks: list[tuple[str, dict[int, bool]]],
-    control: dict[int, bool],
-    huge: list[tuple[str, dict[int, bool]]],
+    norm: str, attacks: list[Found], control: dict[int, bool], huge: list[tuple[str, dict[int, bool]]]
 ) -> list[Check]:
-    checks = []
     samples = len(attacks[0][1])
-    slack = max(1, round(0.01 * samples)) / samples
-    for (weak, before), (strong, after) in pairwise(attacks):
-        name = "iterative at least as strong as single step" if weak == "fgsm" else "more steps at least as strong"
-        status: Outcome = "pass" if _share(after) <= _share(before) + slack else "fail"
-        detail = f"{weak} leaves {_share(before):.1%}, {strong} {_share(after):.1%} of {samples} samples"
-        checks.append(Check(name, status, detail, norm))
-    best, strongest = min(attacks, key=lambda item: _share(item[1]))
+    strongest = min(attacks, key=lambda item: _share(item[1]))
+    checks = [*_single_steps(norm, attacks), *_steps(norm, attacks), *_estimators(norm, attacks)]
     if control:
-        status = "pass" if _share(strongest) <= _share(control) else "fail"
+        status: Outcome = "pass" if _share(strongest[1]) <= _share(control) else "fail"
         detail = (
-            f"random perturbations leave {_share(control):.1%}, {best} {_share(strongest):.1%} of {samples} samples"
+            f"random perturbations leave {_share(control):.1%}, {strongest[0].name} {_share(strongest[1]):.1%} of "
+            f"{samples} samples"
         )
         checks.append(Check("adversarial at least as strong as random", status, detail, norm))
     for eps, found in huge:
@@ -83,6 +100,57 @@ def _of_norm(
         detail = f"at eps = {eps} (half the domain everywhere, or every input) {share:.1%} of {samples} samples survive"
         checks.append(Check("accuracy falls to zero as eps grows", status, detail, norm))
     return checks
+
+
+def _single_steps(norm: str, attacks: list[Found]) -> list[Check]:
+    """Compare the best single step with the best iterated attack."""
+    single = [found for found in attacks if found[0].settings["attack"] in SINGLE_STEP]
+    iterated = [found for found in attacks if "steps" in found[0].settings]
+    if not single or not iterated:
+        return []
+    weak, strong = (min(group, key=lambda item: _share(item[1])) for group in (single, iterated))
+    samples = len(weak[1])
+    status: Outcome = "pass" if _share(strong[1]) <= _share(weak[1]) + _slack(samples) else "fail"
+    detail = (
+        f"{weak[0].name} leaves {_share(weak[1]):.1%}, {strong[0].name} {_share(strong[1]):.1%} of {samples} samples"
+    )
+    return [Check("iterative at least as strong as single step", status, detail, norm)]
+
+
+def _steps(norm: str, attacks: list[Found]) -> list[Check]:
+    """Compare attacks that differ in the number of steps and restarts only."""
+    checks = []
+    for group in _groups(attacks, "steps", "restarts"):
+        group.sort(key=lambda item: item[0].settings.get("steps", 0) * item[0].settings.get("restarts", 1))
+        for (weak, before), (strong, after) in pairwise(group):
+            status: Outcome = "pass" if _share(after) <= _share(before) + _slack(len(before)) else "fail"
+            detail = (
+                f"{weak.name} leaves {_share(before):.1%}, {strong.name} {_share(after):.1%} of {len(before)} samples"
+            )
+            checks.append(Check("more steps at least as strong", status, detail, norm))
+    return checks
+
+
+def _estimators(norm: str, attacks: list[Found]) -> list[Check]:
+    """Compare the best gradient estimator with all of them together: where they disagree, others may find more."""
+    checks = []
+    for group in _groups(attacks, "estimator"):
+        together = {i: all(left[i] for _, left in group) for i in group[0][1]}
+        best = min(_share(left) for _, left in group)
+        gap = best - _share(together)
+        status: Outcome = "pass" if gap <= 0.03 else "warn" if gap <= 0.1 else "fail"
+        each = ", ".join(f"{attack.name} {_share(left):.1%}" for attack, left in group)
+        detail = f"left by {each}; by all together {_share(together):.1%} of {len(together)} samples"
+        checks.append(Check("gradient estimators agree", status, detail, norm))
+    return checks
+
+
+def _groups(attacks: list[Found], *keys: str) -> list[list[Found]]:
+    """Put attacks together that differ in ``keys`` only; groups of one are left out."""
+    found: dict[str, list[Found]] = defaultdict(list)
+    for attack, left in attacks:
+        found[attack.without(*keys)].append((attack, left))
+    return [group for group in found.values() if len(group) > 1]
 
 
 def _gradients(rows: Sequence[Row]) -> Check:

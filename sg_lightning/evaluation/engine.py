@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
@@ -53,6 +54,7 @@ class RobustnessRun:
         self.seed = seed
         self.check_ids = check_ids
         self.examples = list(examples)
+        self.costs: dict[str, Cost] = {}
         self._tag = f"{suite.name}-{suite.hash}"
         self._started = time.perf_counter()
 
@@ -120,8 +122,9 @@ class RobustnessRun:
             return fell, rows
         part = batch.select(index)
         stream = part.noise.fork(threat.norm, str(threat.eps), attack.name)
-        found = attack.run(self.oracle, part.x, part.y, generator=stream)
-        verdict = verify(self.oracle, threat, part.x, found.x_adv, part.y)
+        with self._costing(f"{threat.norm} {threat.eps} {attack.name}" + (" (checks)" if phase == "check" else "")):
+            found = attack.run(self.oracle, part.x, part.y, generator=stream)
+            verdict = verify(self.oracle, threat, part.x, found.x_adv, part.y)
         broken = verdict.counts & ~found.invalid
         # An example outside its threat is a fault of the attack: it never counts as success, nor as robustness.
         invalid = found.invalid | ~verdict.inside
@@ -138,6 +141,16 @@ class RobustnessRun:
         if phase == "main" and attack.kind != "random":
             self._keep_examples(threat, part, found.x_adv, broken, sizes)
         return fell, rows
+
+    @contextmanager
+    def _costing(self, what: str) -> Iterator[None]:
+        """Add what happens inside the block to the costs of ``what``."""
+        counts, started = self.oracle.counts, time.perf_counter()
+        forwards, backwards = counts.forwards, counts.backwards
+        yield
+        self.costs.setdefault(what, Cost()).add(
+            counts.forwards - forwards, counts.backwards - backwards, time.perf_counter() - started
+        )
 
     def _keep_examples(self, threat: Threat, batch: _Batch, x_adv: Input, broken: Tensor, sizes: Tensor) -> None:
         headline = any(entry.headline and entry.threat == threat for entry in self.suite.entries)
@@ -164,6 +177,21 @@ class RobustnessRun:
             "versions": {"sg_lightning": __version__, "torch": torch.__version__, "python": platform.python_version()},
         }  # fmt: skip
         return RobustnessResult(sorted(rows, key=lambda row: row.id), self.suite, {**known, **meta}, self.examples)
+
+
+@dataclass
+class Cost:
+    """Samples sent forwards and backwards through the model, and seconds."""
+
+    forwards: int = 0
+    backwards: int = 0
+    seconds: float = 0.0
+
+    def add(self, forwards: int, backwards: int, seconds: float) -> None:
+        """Add to it."""
+        self.forwards += forwards
+        self.backwards += backwards
+        self.seconds += seconds
 
 
 @dataclass(frozen=True)

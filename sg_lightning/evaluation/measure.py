@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from sg_lightning.attacks import BPTT, Oracle, Suite, load_suite
+from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite
 from sg_lightning.domains import Domain
 from sg_lightning.evaluation.data import Source, check_samples, to_device
 from sg_lightning.evaluation.result import RobustnessResult
@@ -31,7 +31,7 @@ def evaluate(
     batch_size: int = 128,
     out: str | Path | None = None,
     seed: int = 0,
-    estimator: BPTT | None = None,
+    estimator: Estimator | None = None,
     eot: int = 1,
     votes: int = 1,
     check_samples_count: int = 128,
@@ -74,7 +74,7 @@ def evaluate(
     domain = domain or source.domain or Domain()
     source.check(domain)
     budgets = budgets or source.budgets or {}
-    resolved = load_suite(suite, budgets, domain)
+    resolved, left_out = load_suite(suite, budgets, domain).applicable(model)
     oracle = Oracle(model, estimator=estimator, eot=eot, votes=votes)
     device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
     batches = source.batches(batch_size)
@@ -100,7 +100,8 @@ def evaluate(
             session.batch(x, y, ids[mine])
             bar.update(min(len(mine) * session.world, len(source) - bar.n))
     reasons = {norm: budgets[norm].reason for norm in resolved.norms if norm in budgets and budgets[norm].reason}
-    result = session.finish(domain=str(domain), **({"headline budgets": reasons} if reasons else {}))
+    notes = {"headline budgets": reasons, "left out": left_out}
+    result = session.finish(domain=str(domain), **{name: note for name, note in notes.items() if note})
     assert result is not None  # an empty test set was refused above
     return result
 

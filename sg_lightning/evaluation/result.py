@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from sg_lightning.attacks import Suite
-from sg_lightning.evaluation.checks import Check, run_checks
+from sg_lightning.evaluation.checks import Check, Tried, run_checks
 from sg_lightning.evaluation.rows import EXAMPLES, Row, read_rows, to_csv, write_atomically, write_examples
 from sg_lightning.evaluation.statistics import Share, paired_difference, share_of, wilson
 from sg_lightning.threats import parse_eps
@@ -105,10 +106,13 @@ class RobustnessResult:
                 key = (row.norm, parse_eps(row.eps), row.attack)
                 fell = self._fell.setdefault(key, np.zeros(len(self.ids), dtype=bool))
                 fell[self._position[row.id]] |= row.status in ("broken", "invalid")
-        order = [
-            (entry.norm, entry.eps, name) for entry in self.suite.entries if entry.headline for name in entry.names
+        tried = [
+            Tried(entry.norm, entry.eps, name, settings)
+            for entry in self.suite.entries
+            if entry.headline
+            for name, settings in zip(entry.names, entry.attacks, strict=True)
         ]
-        self.checks: list[Check] = run_checks(self.rows, order, meta)
+        self.checks: list[Check] = run_checks(self.rows, tried, meta)
 
     # --- what was measured ---------------------------------------------------------------------------------------------
 
@@ -166,6 +170,15 @@ class RobustnessResult:
             if other == norm and name != "random" and (budget < limit or (budget == limit and name in before)):
                 right &= ~fell
         return share_of(int(right.sum()), len(right))
+
+    def broken_by(self, norm: str, eps: float | str | None = None) -> dict[str, int]:
+        """Count, by attack, the samples that it was the first to break within eps (headline if ``None``), most first."""
+        limit = self._limit(norm, eps)
+        counts: Counter[str] = Counter()
+        for row in self.rows:
+            if row.phase == "main" and row.norm == norm and row.attack != "random" and row.status == "broken":
+                counts[row.attack] += parse_eps(row.eps) <= limit
+        return {attack: count for attack, count in counts.most_common() if count}
 
     def _limit(self, norm: str, eps: float | str | None) -> float:
         limit = parse_eps(self.headline(norm) if eps is None else eps)

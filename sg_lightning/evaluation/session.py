@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import distributed as dist
 
 from sg_lightning.attacks import Oracle, Suite
 from sg_lightning.evaluation.data import fingerprint_model, fingerprint_samples
-from sg_lightning.evaluation.engine import RobustnessRun, spread_ids
+from sg_lightning.evaluation.engine import Cost, RobustnessRun, spread_ids
 from sg_lightning.evaluation.result import RobustnessResult
 from sg_lightning.evaluation.rows import Row, RowStore, unique
 from sg_lightning.inputs import Input, select
@@ -94,15 +95,22 @@ class Session:
     def finish(self, **meta: Any) -> RobustnessResult | None:
         """Gather the rows of all processes; return the result, ``None`` if no sample was seen."""
         counts = self.run.oracle.counts
-        parts: list[Any] = [(self.rows, counts.forwards, counts.backwards)]
+        parts: list[Any] = [(self.rows, counts.forwards, counts.backwards, self.run.costs)]
         if self.world > 1:
-            parts = [None] * self.world
-            dist.all_gather_object(parts, (self.rows, counts.forwards, counts.backwards))
-        rows: list[Row] = unique([row for part, _, _ in parts for row in part])
+            mine, parts = parts[0], [None] * self.world
+            dist.all_gather_object(parts, mine)
+        rows: list[Row] = unique([row for part, *_ in parts for row in part])
         if not rows:
             return None
         spent = {"forwards": sum(p[1] for p in parts), "backwards": sum(p[2] for p in parts)}
-        result = self.run.result(rows, **{"counts": spent, "resumed_samples": self.resumed, **meta})
+        costs: dict[str, Cost] = {}
+        for *_, part in parts:
+            for what, cost in part.items():
+                costs.setdefault(what, Cost()).add(cost.forwards, cost.backwards, cost.seconds)
+        result = self.run.result(
+            rows, counts=spent, costs={what: asdict(cost) for what, cost in costs.items()},
+            resumed_samples=self.resumed, **meta,
+        )  # fmt: skip
         if self.store is not None and self.out is not None and self.rank == 0:
             result.save(self.out)
             self.store.drop_parts()

@@ -4,16 +4,20 @@ from sg_lightning.neurons import surrogates
 from sg_lightning.neurons.base import SpikingNeuron
 from sg_lightning.neurons.integrator import LeakyIntegrator
 from sg_lightning.neurons.lif import LIF, RecurrentLIF
+from sg_lightning.neurons.rules import BackwardRule, SlopeRule, Trace
 from sg_lightning.neurons.snntorch_bridge import from_snntorch
 from sg_lightning.neurons.snntorch_fusion import fuse_snntorch
 from sg_lightning.neurons.surrogates import Surrogate
 
 __all__ = [
     "LIF",
+    "BackwardRule",
     "LeakyIntegrator",
     "RecurrentLIF",
+    "SlopeRule",
     "SpikingNeuron",
     "Surrogate",
+    "Trace",
     "from_snntorch",
     "fuse_snntorch",
     "surrogates",

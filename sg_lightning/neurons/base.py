@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from sg_lightning.neurons import surrogates
 from sg_lightning.neurons.surrogates import Surrogate
 from sg_lightning.recipes import Recorded
+
+if TYPE_CHECKING:
+    from sg_lightning.neurons.rules import BackwardRule
 
 Reset = Literal["zero", "subtract", "none"]
 
@@ -40,17 +43,20 @@ class SpikingNeuron(Recorded, nn.Module):
 
     Attributes:
         surrogate: The rule that training uses; ``None`` where the module has several of its own.
-        attack_rule: A rule that replaces ``surrogate`` in the backward pass while it is not ``None``.
-            Attacks set it for the time they run. The forward pass does not depend on it.
+        attack_rule: What replaces ``surrogate`` in the backward pass while it is not ``None``: another surrogate, or
+            a :class:`~sg_lightning.neurons.BackwardRule`. Attacks set it for the time they run. The forward pass
+            does not depend on it.
+        slopes_only: Whether the module can follow rules that change slopes, and no others.
     """
 
     surrogate: Surrogate | None = None
-    attack_rule: Surrogate | None = None
+    attack_rule: Surrogate | BackwardRule | None = None
+    slopes_only: ClassVar[bool] = False
 
     @property
     def gradient_rule(self) -> Surrogate:
-        """The rule in force now."""
-        rule = self.attack_rule or self.surrogate
+        """The surrogate in force now, for the passes that a :class:`~sg_lightning.neurons.BackwardRule` leaves alone."""
+        rule = self.attack_rule if isinstance(self.attack_rule, Surrogate) else self.surrogate
         if rule is None:
             raise ValueError(f"{type(self).__name__} has no surrogate; set its attribute `surrogate`")
         return rule

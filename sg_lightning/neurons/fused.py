@@ -176,7 +176,7 @@ def _scan(
                 torch.mul(phi, g[rows, block], out=d_c)
             if h is not None:
                 d_c.add_(h[rows, block])
-            carry = _carry_factor(u_c, phi, b, th, dynamics)
+            carry = carry_factor(u_c, phi, b, th, dynamics)
             after = d[start + 1 : rows.stop + 1]
             factors = carry.unbind(0) if carry.dim() == 2 else [carry] * len(after)
             for d_t, factor, later in reversed(list(zip(d_c.unbind(0), factors, after.unbind(0), strict=False))):
@@ -198,7 +198,7 @@ def _scan(
     return dx, _reduce(dbeta, beta), _reduce(dtheta, theta)
 
 
-def _carry_factor(u: Tensor, phi: Tensor, beta: Tensor, theta: Tensor, dynamics: Dynamics) -> Tensor:
+def carry_factor(u: Tensor, phi: Tensor, beta: Tensor, theta: Tensor, dynamics: Dynamics) -> Tensor:
     """Return dd_t / dd_{t+1} = a_t + kappa b_t phi_t, of the shape of ``u`` or of beta."""
     if dynamics.reset == "zero":
         factor = torch.empty_like(u)

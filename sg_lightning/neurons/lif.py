@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
-from sg_lightning.neurons import fused, reference
+from sg_lightning.neurons import fused, reference, rules
 from sg_lightning.neurons.base import (
     Dynamics,
     Reset,
@@ -17,6 +19,7 @@ from sg_lightning.neurons.base import (
     checked_parameter,
     resolve_surrogate,
 )
+from sg_lightning.neurons.rules import BackwardRule, GivenSlopes, SlopeRule
 from sg_lightning.neurons.surrogates import Surrogate
 
 Backend = Literal["fused", "reference"]
@@ -82,6 +85,16 @@ class _LeakyFire(SpikingNeuron):
         trailing = (1,) * (x.dim() - 3)
         beta, theta = (p.view(-1, *trailing) if p.dim() else p for p in (self._leak(), self.threshold))
         return beta, theta
+
+    def _rule_of_steps(
+        self, x: Tensor, beta: Tensor, theta: Tensor, recurrent: Callable[[Tensor], Tensor] | None = None
+    ) -> Surrogate | list[Surrogate]:
+        """Return the surrogate, or the slopes that an attack gives to each step, for which a first pass is needed."""
+        if not isinstance(self.attack_rule, SlopeRule) or not torch.is_grad_enabled() or not x.requires_grad:
+            return self.gradient_rule
+        with torch.no_grad():
+            u = reference.simulate(x, beta, theta, self.dynamics, self.gradient_rule, recurrent=recurrent)[1]
+            return [GivenSlopes(step) for step in self.attack_rule.slopes(self, u - theta).unbind(0)]
 
     def _check(self, x: Tensor) -> None:
         check_sequence(x, type(self).__name__)
@@ -158,6 +171,8 @@ class LIF(_LeakyFire):
     def forward(self, x: Tensor) -> Tensor:
         """Return the spikes (T, B, ...) that the currents ``x`` (T, B, ...) cause, starting from rest."""
         self._check(x)
+        if isinstance(self.attack_rule, BackwardRule) and torch.is_grad_enabled() and x.requires_grad:
+            return rules.simulate(self, x, self._leak(), self.threshold, self.dynamics, self.attack_rule)
         if self.backend == "fused":
             return fused.simulate(x, self._leak(), self.threshold, self.dynamics, self.gradient_rule)[0]
         beta, theta = self._broadcast(x)
@@ -166,13 +181,13 @@ class LIF(_LeakyFire):
     def forward_membrane(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return spikes and the membranes u that were compared with the threshold, both (T, B, ...)."""
         self._check(x)
-        if self.backend == "fused":
-            beta, theta = self._leak(), self.threshold
-            spikes, membrane = fused.simulate(x, beta, theta, self.dynamics, self.gradient_rule, membrane=True)
-            assert membrane is not None
-            return spikes, membrane
         beta, theta = self._broadcast(x)
-        return reference.simulate(x, beta, theta, self.dynamics, self.gradient_rule)[:2]
+        rule = self._rule_of_steps(x, beta, theta)
+        if self.backend == "reference" or not isinstance(rule, Surrogate):
+            return reference.simulate(x, beta, theta, self.dynamics, rule)[:2]
+        spikes, membrane = fused.simulate(x, self._leak(), self.threshold, self.dynamics, rule, membrane=True)
+        assert membrane is not None
+        return spikes, membrane
 
     def forward_state(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Continue from a state, for sequences that come in pieces.
@@ -223,6 +238,8 @@ class RecurrentLIF(_LeakyFire):
         ValueError: As in :class:`LIF`, and if N of the input is not ``features``.
     """
 
+    slopes_only: ClassVar[bool] = True  # other rules do not say what becomes of the feedback
+
     def __init__(
         self,
         features: int,
@@ -256,5 +273,5 @@ class RecurrentLIF(_LeakyFire):
                 f"RecurrentLIF has {self.features} neurons but the input {tuple(x.shape)} has {x.shape[2]}"
             )
         beta, theta = self._broadcast(x)
-        rule = self.gradient_rule
+        rule = self._rule_of_steps(x, beta, theta, self.recurrent)
         return reference.simulate(x, beta, theta, self.dynamics, rule, recurrent=self.recurrent)[0]

@@ -15,7 +15,7 @@ The order of operations is as written; it makes the spikes equal to ``snntorch.L
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ def simulate(
     beta: Tensor,
     theta: Tensor,
     dynamics: Dynamics,
-    rule: Surrogate,
+    rule: Surrogate | Sequence[Surrogate],
     *,
     state: Tensor | None = None,
     recurrent: Callable[[Tensor], Tensor] | None = None,
@@ -96,7 +96,7 @@ def simulate(
         beta: Leak in [0, 1], broadcastable to (B, ...).
         theta: Threshold, broadcastable to (B, ...).
         dynamics: Reset and firing rule.
-        rule: Surrogate of the backward pass.
+        rule: Surrogate of the backward pass, or one per step.
         state: What an earlier call returned as its third value; ``None`` starts at 0.
         recurrent: Maps the last spikes (B, ...) to a current that is added.
 
@@ -111,20 +111,21 @@ def simulate(
     def reset_signal(s: Tensor) -> Tensor:
         return s.detach() if dynamics.detach_reset else s
 
+    of_step = [rule] * len(x) if isinstance(rule, Surrogate) else rule
     c = torch.zeros_like(x[0], dtype=dtype) if state is None else state.to(dtype)
     s = r = torch.zeros_like(c)
     if state is not None and dynamics.reset_delay:
-        r = reset_signal(spike(c - theta, rule, dynamics.fire_at_threshold))
+        r = reset_signal(spike(c - theta, of_step[0], dynamics.fire_at_threshold))
         c = (1 - r) * c if zero else c
 
     spikes, membranes, u = [], [], c
-    for x_t in x.unbind(0):
+    for x_t, rule_t in zip(x.unbind(0), of_step, strict=True):
         u = beta * c + x_t
         if recurrent is not None:
             u = u + recurrent(s.to(x.dtype))
         if dynamics.subtracts_late:
             u = u - r * theta
-        s = spike(u - theta, rule, dynamics.fire_at_threshold)
+        s = spike(u - theta, rule_t, dynamics.fire_at_threshold)
         r = reset_signal(s)
         if zero:
             c = (1 - r) * u

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.autograd import Function
 
 from sg_lightning.neurons.base import SpikingNeuron
 from sg_lightning.neurons.reference import slope
+from sg_lightning.neurons.rules import BackwardRule, GivenSlopes, SlopeRule
 from sg_lightning.neurons.surrogates import Surrogate
 
 SpikeReadout = Literal["mean_spikes", "sum_spikes", "last_membrane", "max_membrane"]
@@ -62,6 +64,8 @@ class SnnTorchNetwork(SpikingNeuron):
 
     It counts as one spiking neuron for attacks: ``attack_rule`` reaches all snnTorch neurons inside.
     """
+
+    slopes_only: ClassVar[bool] = True  # snnTorch's own loop over time does the rest
 
     def __init__(
         self,
@@ -181,25 +185,61 @@ class _Swapped(Function):
 
 
 @contextmanager
-def _gradient_rule(neurons: list[nn.Module], rule: Surrogate | None) -> Iterator[None]:
+def _gradient_rule(neurons: list[nn.Module], rule: Surrogate | BackwardRule | None) -> Iterator[None]:
     if rule is None:
         yield
         return
 
-    def swapped(own: Any) -> Any:
-        return lambda z: _Swapped.apply(z, own, rule)
-
     # Through __dict__, which is looked up first, so that a surrogate that is a sub-module can be swapped too.
-    before = [neuron.__dict__.get("spike_grad") for neuron in neurons]
+    before = [{name: neuron.__dict__.get(name) for name in ("spike_grad", "mem_reset")} for neuron in neurons]
     try:
         for neuron in neurons:
-            neuron.__dict__["spike_grad"] = swapped(neuron.spike_grad)
+            if isinstance(rule, Surrogate):
+                neuron.__dict__["spike_grad"] = partial(_fire_with, neuron.spike_grad, rule)
+            else:
+                _follow(neuron, rule)
         yield
     finally:
-        for neuron, own in zip(neurons, before, strict=True):
-            neuron.__dict__.pop("spike_grad", None)
-            if own is not None:
-                neuron.__dict__["spike_grad"] = own
+        for neuron, held in zip(neurons, before, strict=True):
+            for name, value in held.items():
+                neuron.__dict__.pop(name, None)
+                if value is not None:
+                    neuron.__dict__[name] = value
+
+
+def _fire_with(own: Any, rule: Surrogate, z: Tensor) -> Tensor:
+    return _Swapped.apply(z, own, rule)
+
+
+def _follow(neuron: nn.Module, rule: BackwardRule) -> None:
+    """Let a rule give the slope of every step of a neuron."""
+    if not isinstance(rule, SlopeRule) or not hasattr(neuron, "mem_reset"):
+        raise ValueError(
+            f"{type(rule).__name__} cannot replace the backward pass of snntorch.{type(neuron).__name__}, whose loop over "
+            "time is snnTorch's own; build the network of sg_lightning.neurons.LIF layers (fuse_snntorch does it for "
+            "an nn.Sequential of snntorch.Leaky)"
+        )
+    own: Any = neuron.spike_grad
+    own_reset: Any = neuron.mem_reset
+    past: list[Tensor] = []
+
+    def fire(z: Tensor) -> Tensor:
+        if not z.requires_grad:
+            return own(z)
+        with torch.no_grad():
+            known = GivenSlopes(rule.slope(neuron, z.detach(), past))
+        past.append(z.detach())
+        return _Swapped.apply(z, own, known)
+
+    def reset(membrane: Tensor) -> Tensor:
+        """Ask for the reset, which is detached, without counting it as a time step."""
+        neuron.__dict__["spike_grad"] = own
+        try:
+            return own_reset(membrane)
+        finally:
+            neuron.__dict__["spike_grad"] = fire
+
+    neuron.__dict__["spike_grad"], neuron.__dict__["mem_reset"] = fire, reset
 
 
 def _step(module: nn.Module, x: Any) -> Any:

@@ -11,6 +11,7 @@ only dH/dz is replaced by ``derivative(z)``.
 | sigmoid | ``Sigmoid(slope=25)`` | slope s (1 - s), s = 1 / (1 + exp(-slope z)) |
 | rectangular | ``Rectangular(width=1)`` | 1 / width where abs(z) < width / 2, else 0 |
 | gaussian | ``Gaussian(sigma=0.5)`` | exp(-z² / (2 sigma²)) / (sigma sqrt(2 pi)) |
+| exponential | ``Exponential(slope=1, peak=1)`` | peak exp(-slope abs(z)) |
 | straight_through | ``StraightThrough()`` | 1 |
 
 ``Atan``, ``FastSigmoid``, ``Sigmoid`` and ``StraightThrough`` are the functions of the same
@@ -193,6 +194,25 @@ class Gaussian(Surrogate):
 
 
 @dataclass(frozen=True)
+class Exponential(Surrogate):
+    """Use peak exp(-slope abs(z)).
+
+    Args:
+        slope: Sharpness, above 0.
+        peak: Value at the threshold, above 0; 0.3 is usual for damped gradients.
+
+    Source: Shrestha and Orchard, arXiv 1810.08646.
+    """
+
+    name: ClassVar[str] = "exponential"
+    slope: float = 1.0
+    peak: float = 1.0
+
+    def derivative(self, z: Tensor) -> Tensor:  # noqa: D102
+        return z.abs().mul_(-self.slope).exp_().mul_(self.peak)
+
+
+@dataclass(frozen=True)
 class StraightThrough(Surrogate):
     """Use 1: the gradient passes the spike unchanged.
 
@@ -206,7 +226,8 @@ class StraightThrough(Surrogate):
 
 
 SURROGATES: dict[str, type[Surrogate]] = {
-    cls.name: cls for cls in (Triangular, Atan, FastSigmoid, Sigmoid, Rectangular, Gaussian, StraightThrough)
+    cls.name: cls
+    for cls in (Triangular, Atan, FastSigmoid, Sigmoid, Rectangular, Gaussian, Exponential, StraightThrough)
 }
 
 

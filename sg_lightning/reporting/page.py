@@ -13,7 +13,7 @@ from typing import Any
 
 from sg_lightning._version import __version__
 from sg_lightning.evaluation import RobustnessResult, Share
-from sg_lightning.reporting import provenance, summary
+from sg_lightning.reporting import effort, provenance, summary
 from sg_lightning.reporting.findings import Finding
 from sg_lightning.reporting.style import DPI, norm_label, percent, points
 from sg_lightning.reporting.summary import Column, Results
@@ -58,6 +58,7 @@ def render(
         Section("gradients", "Input gradients", _pictures(pictures, "gradients")),
         Section("training", "Training", _pictures(pictures, "training")),
         Section("checks", "Honesty checks", _checks(results)),
+        Section("effort", "Which attack broke what", effort.table(results)),
         Section(
             "reading",
             "How to read this",

@@ -100,6 +100,8 @@ def run_details(results: Results) -> list[tuple[str, dict[str, Any]]]:
         groups.append((f"Attacks of suite {suite.name} ({suite.hash})", {**_attacks(suite), **control}))
     described = {name: {"samples": len(result.ids), **result.meta} for name, result in results.items()}
     for values in described.values():
+        values.pop("costs", None)  # a table of their own
+    for values in described.values():
         if str(values.get("estimator", "")) == "None":
             values["estimator"] = "none: the model's own gradient, through the training surrogate of spiking neurons"
     evaluation: dict[str, Any] = {}

@@ -5,7 +5,20 @@ import pytest
 import torch
 from torch import nn
 
-from sg_lightning.attacks import BPTT, FGSM, PGD, RFGSM, Oracle, RandomNoise, load_suite, suite_names, verify
+from sg_lightning.attacks import (
+    APGD,
+    BPTT,
+    FGSM,
+    PGD,
+    RFGSM,
+    SAPGD,
+    MultiTargeted,
+    Oracle,
+    RandomNoise,
+    load_suite,
+    suite_names,
+    verify,
+)
 from sg_lightning.domains import Binary, Box, Counts
 from sg_lightning.neurons import LIF, surrogates
 from sg_lightning.sampling import SampleGenerator
@@ -116,7 +129,10 @@ def test_huge_logits_do_not_stop_the_attack():
 
 
 ATTACKS = [FGSM(Linf(0.05)), RFGSM(Linf(0.05)), PGD(Linf(0.03), steps=6, restarts=3), PGD(L2(0.2), steps=6, restarts=2),
-           PGD(L1(0.6), steps=6, restarts=2), PGD(L0(1), steps=6, restarts=2), PGD(Linf(0.03), momentum=0.9), RandomNoise(L2(3.0))]  # fmt: skip
+           PGD(L1(0.6), steps=6, restarts=2), PGD(L0(1), steps=6, restarts=2), PGD(Linf(0.03), momentum=0.9), RandomNoise(L2(3.0)),
+           APGD(Linf(0.03), steps=8, restarts=2), APGD(L2(0.2), steps=8, loss="dlr"), APGD(L1(0.6), steps=20),
+           APGD(Linf(0.03), steps=6, loss="margin", targets=2), SAPGD(Linf(0.03), steps=8, restarts=2),
+           MultiTargeted(Linf(0.03), steps=6, targets=2)]  # fmt: skip
 
 
 def spiking_case(n=24):

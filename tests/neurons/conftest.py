@@ -8,6 +8,7 @@ import torch
 
 from sg_lightning.neurons.surrogates import (
     Atan,
+    Exponential,
     FastSigmoid,
     Gaussian,
     Rectangular,
@@ -29,6 +30,7 @@ PRIMITIVES = {
     FastSigmoid: lambda z, r: z / (1 + r.slope * z.abs()),
     Sigmoid: lambda z, r: torch.sigmoid(r.slope * z),
     Gaussian: lambda z, r: torch.erf(z / (r.sigma * math.sqrt(2))) / 2,
+    Exponential: lambda z, r: z.sign() * (1 - torch.exp(-r.slope * z.abs())) * (r.peak / r.slope),
     StraightThrough: lambda z, r: z,
     Rectangular: lambda z, r: z.clamp(-r.width / 2, r.width / 2) / r.width,
     Triangular: lambda z, r: ((w := z.clamp(-r.width, r.width)) - w * w.abs() / (2 * r.width)) / r.width,

@@ -11,6 +11,7 @@ from sg_lightning.neurons import LIF, Surrogate, surrogates
 from sg_lightning.neurons.surrogates import (
     SURROGATES,
     Atan,
+    Exponential,
     FastSigmoid,
     Gaussian,
     Rectangular,
@@ -20,7 +21,7 @@ from sg_lightning.neurons.surrogates import (
 )
 
 SMOOTH = [Atan(2.0), Atan(0.7), FastSigmoid(25.0), FastSigmoid(3.0), Sigmoid(4.0), Sigmoid(25.0), Gaussian(0.5)]
-ROUGH = [Triangular(1.0), Triangular(0.4), Rectangular(1.0), StraightThrough()]
+ROUGH = [Triangular(1.0), Triangular(0.4), Rectangular(1.0), Exponential(2.0, 0.3), StraightThrough()]
 
 
 def autograd_derivative(function, z):
@@ -65,6 +66,7 @@ def test_snntorchs_triangular_is_another_function():
         (Rectangular(0.5), 0.24, 2.0),
         (Rectangular(0.5), 0.25, 0.0),
         (Gaussian(0.5), 0.5, math.exp(-0.5) / (0.5 * math.sqrt(2 * math.pi))),
+        (Exponential(2.0, 0.3), -0.5, 0.3 / math.e),
         (StraightThrough(), 9.0, 1.0),
     ],
     ids=str,
@@ -77,7 +79,12 @@ def test_values_by_hand(rule, z, value):
 def test_area_is_one_or_what_the_formula_says(rule):
     z = torch.linspace(-400, 400, 4_000_001, dtype=torch.float64)
     area = torch.trapezoid(rule.derivative(z), z).item()
-    expected = {FastSigmoid: lambda: 2 / rule.slope, StraightThrough: lambda: 800.0}.get(type(rule), lambda: 1.0)()
+    formulas = {
+        FastSigmoid: lambda: 2 / rule.slope,
+        Exponential: lambda: 2 * rule.peak / rule.slope,
+        StraightThrough: lambda: 800.0,
+    }
+    expected = formulas.get(type(rule), lambda: 1.0)()
     assert area == pytest.approx(expected, rel=3e-3)
 
 
@@ -131,7 +138,7 @@ def test_from_name_builds_every_surrogate():
 
 
 def test_bad_names_and_widths():
-    with pytest.raises(ValueError, match=r"unknown surrogate 'tanh'.*atan, fast_sigmoid"):
+    with pytest.raises(ValueError, match=r"unknown surrogate 'tanh'.*atan, exponential, fast_sigmoid"):
         surrogates.from_name("tanh")
     with pytest.raises(ValueError, match="'atan' takes alpha, got slope"):
         surrogates.from_name("atan", slope=2)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from collections import Counter
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import yaml
 
 from sg_lightning.attacks.base import Attack
-from sg_lightning.attacks.gradient import ATTACKS
+from sg_lightning.attacks.estimators import ENSEMBLES
+from sg_lightning.attacks.registry import make_attack
 from sg_lightning.domains import Domain
 from sg_lightning.threats import Budgets, Threat
 from sg_lightning.threats.budget import THREATS
@@ -49,6 +51,20 @@ class Suite:
     def norms(self) -> tuple[str, ...]:
         """The norms in order, each once."""
         return tuple(dict.fromkeys(entry.threat.norm for entry in self.entries))
+
+    def applicable(self, model: object) -> tuple[Suite, list[str]]:
+        """Leave out attacks whose gradient estimator has nothing to replace in a model, and say which."""
+        left_out = {
+            attack.name: attack.estimator.refusal(model)
+            for entry in self.entries
+            for attack in entry.attacks
+            if attack.estimator is not None
+        }
+        refused = [name for name, reason in left_out.items() if reason is not None]
+        entries = tuple(
+            replace(entry, attacks=tuple(a for a in entry.attacks if a.name not in refused)) for entry in self.entries
+        )
+        return (replace(self, entries=entries), refused) if refused else (self, [])
 
     def describe(self) -> dict[str, Any]:
         """Return the whole content as plain data."""
@@ -115,6 +131,9 @@ def load_suite(suite: str | Path | Suite, budgets: Budgets, domain: Domain | Non
             headline = budget.is_headline(threat.eps)
             if headline or content.get("eps", "all") == "all":
                 attacks = tuple(_build(name, item, threat) for item in _items(name, content, norm))
+                twice = [a for a, count in Counter(attack.name for attack in attacks).items() if count > 1]
+                if twice:
+                    raise ValueError(f"suite {name!r} runs {twice[0]} twice under {norm}; change or drop one of them")
                 entries.append(Entry(threat, attacks, headline))
     return Suite(name, tuple(entries), bool(content.get("control", True)))
 
@@ -159,17 +178,20 @@ def _items(name: str, content: dict[str, Any], norm: str) -> list[dict[str, Any]
                 f"suite {name!r}: 'only' names unknown norms {sorted(strange)}; known: {', '.join(_ORDER)}"
             )
         if norm in only:
-            items.append({key: value for key, value in item.items() if key != "only"})
+            settings = {key: value for key, value in item.items() if key not in ("only", "estimators")}
+            swaps = item.get("estimators", [settings.pop("estimator", None)])
+            swaps = ENSEMBLES.get(swaps, swaps) if isinstance(swaps, str) else swaps
+            if not isinstance(swaps, list | tuple) or not swaps:
+                raise ValueError(
+                    f"suite {name!r}: 'estimators' is a list such as [training, {{name: atan, alpha: 5}}], or one of "
+                    f"{', '.join(ENSEMBLES)}, got {swaps!r}"
+                )
+            items += [settings if swap is None else {**settings, "estimator": swap} for swap in swaps]
     return items
 
 
 def _build(name: str, item: dict[str, Any], threat: Threat) -> Attack:
-    settings = dict(item)
-    kind = settings.pop("attack")
-    if kind not in ATTACKS:
-        raise ValueError(f"suite {name!r} names the unknown attack {kind!r}; known attacks: {', '.join(ATTACKS)}")
-    known = {f.name for f in fields(ATTACKS[kind])} - {"threat"}
-    strange = set(settings) - known
-    if strange:
-        raise ValueError(f"suite {name!r}: {kind} has no setting {sorted(strange)}; known: {', '.join(sorted(known))}")
-    return ATTACKS[kind](threat, **settings)
+    try:
+        return make_attack(threat, **item)
+    except ValueError as error:
+        raise ValueError(f"suite {name!r}: {error}") from error

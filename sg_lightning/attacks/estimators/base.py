@@ -1,0 +1,109 @@
+"""What a gradient estimator is: a stand-in for the surrogate gradient while an attack runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sg_lightning.neurons import BackwardRule, SlopeRule, SpikingNeuron, Surrogate
+
+
+class Memory:
+    """What an estimator has gathered about each sample along one trajectory of an attack.
+
+    Attributes:
+        values: Tensors (B, ...) by key.
+        frozen: Whether the values must stay as they are, as in all draws but the first of an averaged gradient.
+    """
+
+    def __init__(self, values: dict[Hashable, Tensor] | None = None) -> None:
+        self.values = {} if values is None else values
+        self.frozen = False
+
+    def select(self, index: Tensor) -> Memory:
+        """Return the memory of the samples ``index`` (int64 or bool mask)."""
+        return Memory({key: value[index] for key, value in self.values.items()})
+
+    def put(self, parts: list[Memory]) -> None:
+        """Take over what was gathered in chunks of the batch."""
+        keys = parts[0].values.keys()
+        self.values = {key: torch.cat([part.values[key] for part in parts]) for key in keys}
+
+
+@dataclass(frozen=True)
+class Estimator(ABC):
+    """Base of all gradient estimators. Immutable; the forward pass and training are never touched."""
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[SingleEstimator, ...]:
+        """The estimators whose gradients are averaged."""
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether the gradient of a sample depends on nothing but the sample; else attacks drop no sample early."""
+        return True
+
+    @property
+    def label(self) -> str:
+        """Short name for rows and tables: the name, and the settings that are not the default."""
+        changed = [value for f in fields(self) if (value := getattr(self, f.name)) != f.default]
+        return "-".join([self.name, *(f"{value:g}" if isinstance(value, float) else str(value) for value in changed)])
+
+    def refusal(self, model: object) -> str | None:
+        """Say why this estimator cannot be used on a model, or ``None``."""
+        neurons = [m for m in model.modules() if isinstance(m, SpikingNeuron)] if isinstance(model, nn.Module) else []
+        rules = [rule for part in self.parts if (rule := part.rule(Memory())) is not None]
+        if rules and not neurons:
+            return (
+                f"the estimator {self} replaces surrogate gradients, but {type(model).__name__} has no spiking neuron of "
+                "sg_lightning: wrap snnTorch networks with from_snntorch(...), and leave estimator=None for other models"
+            )
+        tied = [type(neuron).__name__ for neuron in neurons if neuron.slopes_only]
+        if tied and not all(isinstance(rule, Surrogate | SlopeRule) for rule in rules):
+            return (
+                f"the estimator {self} replaces the whole backward pass of a neuron, but {tied[0]} can only follow new "
+                "slopes; use BPTT, PDSG or ASSG"
+            )
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain data that identifies the estimator (for hashes and tables)."""
+        return {"name": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class SingleEstimator(Estimator):
+    """Base of the estimators that take one backward pass."""
+
+    @abstractmethod
+    def rule(self, memory: Memory) -> Surrogate | BackwardRule | None:
+        """Return what the neurons use in the next pass, forward and back; ``None``: their training surrogate."""
+
+    @property
+    def parts(self) -> tuple[SingleEstimator, ...]:
+        """Itself."""
+        return (self,)
+
+    @contextmanager
+    def applied(self, model: object, memory: Memory) -> Iterator[None]:
+        """Put the rule in force inside the block."""
+        rule = self.rule(memory)
+        found = model.modules() if rule is not None and isinstance(model, nn.Module) else ()
+        neurons = [m for m in found if isinstance(m, SpikingNeuron)]
+        before = [neuron.attack_rule for neuron in neurons]
+        try:
+            for neuron in neurons:
+                neuron.attack_rule = rule
+            yield
+        finally:
+            for neuron, held in zip(neurons, before, strict=True):
+                neuron.attack_rule = held
