@@ -193,12 +193,12 @@ def class_path(kind: type) -> str:
     parts = kind.__module__.split(".")
     for length in range(1, len(parts) + 1):
         path = ".".join([*parts[:length], kind.__qualname__])
-        if _look_up(path) is kind:
+        if look_up(path) is kind:
             return path
     raise NotStorable(f"{kind.__name__} is defined inside a function, where no checkpoint finds it")
 
 
-def _look_up(path: str) -> Any:
+def look_up(path: str) -> Any:
     """Return what is at a path in the modules imported so far; ``None`` if nothing is."""
     parts = path.split(".")
     for length in range(len(parts) - 1, 0, -1):
@@ -217,7 +217,7 @@ def find_class(path: Any, base: type = Storable) -> type:
     Raises:
         ValueError: if the rule forbids it, or it is not a ``base``.
     """
-    found = _look_up(path) if isinstance(path, str) else None
+    found = look_up(path) if isinstance(path, str) else None
     if found is None:
         raise ValueError(f"{path} is not imported, and nothing is imported on behalf of a checkpoint; import it first")
     if not inspect.isclass(found) or not issubclass(found, Storable) or not issubclass(found, base):

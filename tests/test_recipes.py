@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from sg_lightning import recipes
-from sg_lightning.attacks import FGSM, PGD, RFGSM, RandomNoise
+from sg_lightning.attacks import APGD, ASSG, BPTT, FGSM, HART, PGD, RFGSM, RandomNoise
+from sg_lightning.attacks.estimators import Mix
 from sg_lightning.backbones import VGG, ConvNet, SpikingMLP, WideResNet
 from sg_lightning.domains import Binary, Box, Counts, Domain
 from sg_lightning.encoding import Latency, Poisson
@@ -26,6 +27,7 @@ VALUES = [
     surrogates.Atan(3.5), Linf("8/255"), Linf(0.1, Box(0, 2)), L2(0.5), L1("12"), L0(3), EventFlips(2, mode="add"),
     Joint({"image": Linf("1/255"), "events": EventFlips(3, Counts())}),
     FGSM(L2(1.0), loss="margin"), RFGSM(Linf(0.1), alpha="1/255"), PGD(L0(2), steps=3, restarts=2), RandomNoise(L1(2.0)),
+    PGD(Linf(0.1), estimator=Mix((HART(0.5), BPTT(surrogates.Atan(3.0))))), APGD(L2(0.5), estimator=ASSG(a=0.3)),
 ]  # fmt: skip
 NETWORKS = [
     ConvNet(3, channels=(4, 6), hidden=5, encoding=Poisson(3), neuron=LIF(0.9, surrogate=surrogates.Gaussian(0.7))),
