@@ -7,10 +7,11 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV ?= .venv
+LIBRARIES ?= .venv-libraries
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test test-adapters lint format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -34,7 +35,18 @@ demo: $(VENV)/.ready-report
 	$(BIN)/python examples/demo.py --out $(OUT)
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not adapters"
+
+# The foreign attack libraries live beside the development environment, whose packages they see and cannot change.
+$(LIBRARIES)/.ready: pyproject.toml constraints.txt $(VENV)/.ready-dev
+	$(BIN)/python -m venv $(LIBRARIES)
+	$(LIBRARIES)/bin/python scripts/link_environment.py $(BIN)/python
+	$(LIBRARIES)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[attack-libraries]"
+	$(LIBRARIES)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps torchattacks==3.5.1
+	@touch $@
+
+test-adapters: $(LIBRARIES)/.ready
+	$(LIBRARIES)/bin/python -m pytest -m adapters tests/attacks/test_adapters.py
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
@@ -47,4 +59,4 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LIBRARIES) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -26,11 +26,13 @@ class AttackResult:
     """What an attack found for each sample of the batch.
 
     Attributes:
-        x_adv: First adversarial example found, for survivors the point of highest loss.
-        success: Misclassified, bool (B,).
+        x_adv: First adversarial example found, for survivors the point of highest loss. From minimal-norm attacks the
+            smallest one found, which may be larger than eps, or the clean input if there is none.
+        success: Misclassified inside the threat, bool (B,).
         invalid: A gradient was not finite, bool (B,); such a sample counts as not robust.
         loss: Loss at ``x_adv``, float64 (B,).
-        iterations: Gradient steps until the first success, for survivors all of them, int64 (B,).
+        iterations: Gradient steps until the first success, for survivors and minimal-norm attacks all of them, int64
+            (B,).
         queries: Forward passes spent on the sample, int64 (B,).
         gradients: Input gradients taken (averages over ``eot`` draws count once), int64 (B,).
         zero_gradients: How many of them were zero everywhere, int64 (B,).
@@ -44,6 +46,14 @@ class AttackResult:
     queries: Tensor
     gradients: Tensor
     zero_gradients: Tensor
+
+    def again(self, index: Tensor) -> AttackResult:
+        """Return what was found for the samples ``index``, at no further cost."""
+        free = torch.zeros_like(index)
+        return AttackResult(
+            select(self.x_adv, index), self.success[index], self.invalid[index], self.loss[index],
+            self.iterations[index], free, free, free,
+        )  # fmt: skip
 
 
 class Progress:
@@ -127,6 +137,8 @@ class Attack(ABC):
     threat: Threat
     estimator: Estimator | None = field(default=None, kw_only=True)
     kind: ClassVar[str]
+    minimal: ClassVar[bool] = False  # True: looks for the smallest adversarial examples, whatever eps is
+    gradient_free: ClassVar[bool] = False  # True: asks the attacked model for logits only
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, Threat):
@@ -189,13 +201,17 @@ class Attack(ABC):
         drop = early_drop and goal == "success" and not oracle.stochastic and oracle.per_sample
         with oracle.attacking():
             x, y = detached(x), y.detach().clone()
-            progress = Progress(x, goal)
+            progress = self._progress(x, goal)
             self._search(oracle, x, y, noise, progress, drop)
             if oracle.stochastic and goal == "success":
                 # A single noisy error is no success: the majority of fresh draws decides.
                 progress.success = oracle.misclassified(progress.x_adv, y) & ~progress.invalid
                 progress.queries += oracle.votes
         return progress.result()
+
+    def _progress(self, x: Input, goal: Goal) -> Progress:
+        """Return what keeps the best points."""
+        return Progress(x, goal)
 
     @abstractmethod
     def _search(

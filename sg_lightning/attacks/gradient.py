@@ -238,6 +238,7 @@ class RandomNoise(Attack):
 
     draws: int = 1
     kind: ClassVar[str] = "random"
+    gradient_free: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

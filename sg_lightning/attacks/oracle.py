@@ -232,11 +232,7 @@ class Oracle:
             with nullcontext() if estimator is None else estimator.applied(self.model, memory):
                 z = self._forward(x)
                 value = loss(z, y)
-                if not value.requires_grad:
-                    raise ValueError(
-                        "the model's output does not depend on its input through differentiable operations: it detaches, "
-                        "rounds or runs under no_grad; white-box attacks need a gradient"
-                    )
+                _check_graph(value)
                 g = torch.autograd.grad(value.sum() * share, tensors(x), allow_unused=True)
             filled = [torch.zeros_like(t) if part is None else part for t, part in zip(tensors(x), g, strict=True)]
             losses = value.detach() * share if losses is None else losses + value.detach() * share
@@ -247,17 +243,58 @@ class Oracle:
         assert grads is not None
         memory.frozen = False
         self.counts.backwards += len(draws) * batch_size(x)
+        invalid, zero = self._judged(grads)
+        return Gradient(losses, logits, rebuild(x, grads), invalid, zero)
+
+    def differentiable(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Gradient]]:
+        """Return logits without graph, and how a gradient with respect to them turns into one of ``x``.
+
+        For loops that are not ours and call the model themselves. With several draws or estimators the logits are the
+        mean over them and the gradient is the mean of theirs, all at the gradient of the mean logits.
+
+        Args:
+            x: Inputs (B, ...), one tensor.
+
+        Returns:
+            Logits (B, K), and a function from (B, K) to a :class:`Gradient`; it may be called several times.
+        """
+        with self.attacking():
+            x = x.detach().clone().requires_grad_()
+            estimators = (None,) if self.estimator is None else self.estimator.parts
+            passes = []
+            for estimator in estimators * self.eot:
+                memory = Memory()
+                with nullcontext() if estimator is None else estimator.applied(self.model, memory):
+                    passes.append((estimator, memory, self._forward(x)))
+                _check_graph(passes[-1][2])
+            logits = torch.stack([z.detach() for _, _, z in passes]).mean(0)
+
+        def pull(upstream: Tensor) -> Gradient:
+            grad = torch.zeros_like(x)
+            with self.attacking():
+                for estimator, memory, z in passes:
+                    with nullcontext() if estimator is None else estimator.applied(self.model, memory):
+                        (g,) = torch.autograd.grad(z, x, upstream / len(passes), retain_graph=True, allow_unused=True)
+                    grad += 0 if g is None else g
+            self.counts.backwards += len(passes) * batch_size(x)
+            invalid, zero = self._judged([grad])
+            return Gradient((upstream * logits).sum(1), logits, grad, invalid, zero)
+
+        return logits, pull
+
+    def _judged(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Tell whose gradient is not finite and whose is zero everywhere, bool (B,), and keep count."""
         finite = torch.stack([torch.isfinite(g).flatten(1).all(1) for g in grads]).all(0)
         zero = torch.stack([(g == 0).flatten(1).all(1) for g in grads]).all(0)
-        self.health.total += batch_size(x)
+        self.health.total += len(finite)
         self.health.nonfinite += int((~finite).sum())
         self.health.zero += int(zero.sum())
         if self.on_nonfinite == "raise" and not bool(finite.all()):
             raise FloatingPointError(
-                f"the input gradient of {int((~finite).sum())} of {batch_size(x)} samples is NaN or infinite; look for "
+                f"the input gradient of {int((~finite).sum())} of {len(finite)} samples is NaN or infinite; look for "
                 "exploding activations or a surrogate gradient that overflows"
             )
-        return Gradient(losses, logits, rebuild(x, grads), ~finite, zero)
+        return ~finite, zero
 
     def _chunks(self, x: Input) -> list[Input]:
         size = batch_size(x)
@@ -278,6 +315,15 @@ class Oracle:
             check_logits(z, batch_size(x))
             self.classes = z.shape[1]
         return z
+
+
+def _check_graph(value: Tensor) -> None:
+    """Raise ``ValueError`` with the cure unless gradients can flow back from ``value``."""
+    if not value.requires_grad:
+        raise ValueError(
+            "the model's output does not depend on its input through differentiable operations: it detaches, rounds or "
+            "runs under no_grad; white-box attacks need a gradient"
+        )
 
 
 def check_logits(z: Any, samples: int) -> None:

@@ -6,17 +6,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from sg_lightning.attacks.adapters import Advertorch, Foolbox, PyAutoAttack, Torchattacks
 from sg_lightning.attacks.apgd import APGD
 from sg_lightning.attacks.base import Attack
 from sg_lightning.attacks.estimators import ASSG, BPTR, BPTT, HART, PDSG, RGA, Act, Estimator, Mix
 from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, MultiTargeted, RandomNoise
+from sg_lightning.attacks.minimal import DDN, FMN, SigmaZero
 from sg_lightning.attacks.sapgd import SAPGD
+from sg_lightning.attacks.sparse import PGD0, SPGD
+from sg_lightning.attacks.sparse_search import FlipSearch, SparseRS
+from sg_lightning.attacks.square import Square
 from sg_lightning.neurons import surrogates
 from sg_lightning.threats import Threat
 
-ATTACKS: dict[str, type[Attack]] = {
-    attack.kind: attack for attack in (FGSM, RFGSM, PGD, MultiTargeted, APGD, SAPGD, RandomNoise)
-}
+_CLASSES: tuple[type[Attack], ...] = (
+    FGSM, RFGSM, PGD, MultiTargeted, APGD, SAPGD, PGD0, SPGD, SigmaZero, DDN, FMN,
+    Square, SparseRS, FlipSearch, RandomNoise,
+    Advertorch, Torchattacks, Foolbox, PyAutoAttack,
+)  # fmt: skip
+ATTACKS = {attack.kind: attack for attack in _CLASSES}
 ESTIMATORS: dict[str, type[Estimator]] = {
     estimator.name: estimator for estimator in (BPTT, BPTR, RGA, Act, HART, Mix, PDSG, ASSG)
 }

@@ -103,6 +103,12 @@ def normalised(grad: Tensor) -> Tensor:
     return scaled / mean.clamp_min(torch.finfo(grad.dtype).tiny)
 
 
+def unit(grad: Tensor) -> Tensor:
+    """Flatten to float64 (B, n) and divide by the Euclidean length per sample, safely for gradients of any scale."""
+    flat = normalised(grad.double()).flatten(1)
+    return flat / flat.norm(dim=1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
+
+
 def column(values: Tensor, like: Tensor) -> Tensor:
     """Give per-sample values (B,) the shape (B, 1, ...) that goes with inputs ``like``."""
     return values.view(-1, *[1] * (like.dim() - 1))

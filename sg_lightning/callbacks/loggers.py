@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from sg_lightning.evaluation import RobustnessResult
+from sg_lightning.evaluation.statistics import share_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,21 +87,26 @@ def _(logger: TensorBoardLogger, name: str, figure: Figure, step: int) -> None:
 @log_table.register(TensorBoardLogger)
 def _(logger: TensorBoardLogger, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
     lines = [columns, ["---"] * len(columns), *rows]
-    logger.experiment.add_text(name, "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines), step)
+    cells = [["" if cell is None else str(cell) for cell in line] for line in lines]
+    logger.experiment.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
 
 
 TABLE = ("norm", "eps", "attack", "steps", "restarts", "n", "seed", "accuracy", "low", "high")
 
 
 def table_rows(result: RobustnessResult) -> list[list[Any]]:
-    """Return one row per norm, budget and attack: its settings, and the accuracy left after it and those before it."""
-    rows: list[list[Any]] = [["", "", "clean", "", "", len(result.ids), result.meta.get("seed"), result.clean, "", ""]]
+    """Return one row per norm, budget and attack: its settings, and the accuracy left after it and those before it.
+
+    A column holds one type, or ``None`` where it does not apply (W&B refuses mixed ones).
+    """
+    n, seed = len(result.ids), result.meta.get("seed")
+    clean = share_of(int(result.clean_correct.sum()), n)
+    rows: list[list[Any]] = [[None, None, "clean", None, None, n, seed, *clean]]
     for entry in result.suite.entries:
         for name, attack in zip(entry.names, entry.attacks, strict=True):
             share = result.after(entry.norm, entry.eps, name)
             rows.append([
-                entry.norm, entry.eps, attack["attack"], attack.get("steps", ""), attack.get("restarts", ""),
-                len(result.ids), result.meta.get("seed"), *share,
+                entry.norm, entry.eps, attack["attack"], attack.get("steps"), attack.get("restarts"), n, seed, *share,
             ])  # fmt: skip
     return rows
 

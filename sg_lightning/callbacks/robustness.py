@@ -12,11 +12,14 @@ from torch.utils.data import DistributedSampler, SequentialSampler
 
 from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite, read_suite
 from sg_lightning.callbacks.loggers import log_result
+from sg_lightning.callbacks.progress import bar_beside
 from sg_lightning.domains import Domain
 from sg_lightning.evaluation import RobustnessResult
+from sg_lightning.evaluation.adversarial import Keep, check_keep
 from sg_lightning.evaluation.data import check_samples
 from sg_lightning.evaluation.session import Session
 from sg_lightning.inputs import batch_size, select
+from sg_lightning.modules.checks import refuse_sharding
 from sg_lightning.threats import Budgets
 
 
@@ -27,8 +30,9 @@ class RobustnessEvaluation(Callback):
     and ``test`` (inference mode too), batch by batch, and leaves training bit-identical to a run without it. Figures
     are logged under the names of :meth:`RobustnessResult.metrics`; the last result is in :attr:`result`.
 
-    ``EarlyStopping`` and ``ModelCheckpoint`` see the last measured value in between: choose their patience longer than
-    ``every_n_epochs``.
+    Before the first measurement there is nothing to monitor, and in between ``EarlyStopping`` and ``ModelCheckpoint``
+    see the last value: give ``ModelCheckpoint`` the same ``every_n_epochs``, and ``EarlyStopping`` ``strict=False`` and
+    a patience longer than that. The progress bar of the trainer gets a second one while attacks run.
 
     Args:
         suite: ``"quick"``, ``"basic"``, the path of a YAML file, or a resolved suite.
@@ -43,10 +47,11 @@ class RobustnessEvaluation(Callback):
         votes: Forward passes whose majority decides, for stochastic models.
         out: Folder for the result, ``None``: nothing is written. In ``validate`` and ``test`` rows are written as they
             are made and an interrupted run goes on from there; ``fit`` writes one folder per attacked epoch.
+        keep: ``"all"`` writes the adversarial input of every sample into ``out`` too, in ``validate`` and ``test``.
 
     Raises:
-        ValueError: on numbers out of range; at the start of a stage on missing budgets, an unknown suite or a shuffled
-            loader.
+        ValueError: on numbers out of range or ``keep="all"`` without ``out``; at the start of a stage on missing
+            budgets, an unknown suite, a shuffled loader or a strategy that splits the weights over processes.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class RobustnessEvaluation(Callback):
         eot: int = 1,
         votes: int = 1,
         out: str | Path | None = None,
+        keep: Keep = "few",
     ) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be >= 1, got {every_n_epochs}")
@@ -70,6 +76,7 @@ class RobustnessEvaluation(Callback):
             raise ValueError(f"max_samples must be >= 1 or None, got {max_samples}")
         if check_samples_count < 0:
             raise ValueError(f"check_samples_count must be >= 0, got {check_samples_count}")
+        check_keep(keep, out)
         if not isinstance(suite, Suite):
             read_suite(suite)  # a typing error should not wait for the first evaluation
         self.suite = suite
@@ -83,6 +90,7 @@ class RobustnessEvaluation(Callback):
         self.eot = eot
         self.votes = votes
         self.out = None if out is None else Path(out)
+        self.keep: Keep = keep
         self.result: RobustnessResult | None = None
         self._session: Session | None = None
         self._next = 0
@@ -91,6 +99,10 @@ class RobustnessEvaluation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolve the suite now: a typing error should not cost an epoch."""
+        refuse_sharding(
+            trainer, "RobustnessEvaluation", "each process attacks as long as its samples need, and would wait for the "
+            "others", "evaluate the checkpoint with strategy='ddp' or one device",
+        )  # fmt: skip
         self._resolve(trainer)
 
     def _resolve(self, trainer: Trainer) -> Suite:
@@ -118,7 +130,8 @@ class RobustnessEvaluation(Callback):
             oracle, self._resolve(trainer).applicable(pl_module)[0], samples=self._samples, seed=self.seed,
             check_samples_count=self.check_samples_count,
             # While training, each epoch is another network: nothing to go on with.
-            out=None if fitting else self._folder(trainer),
+            out=None if fitting else self._folder(trainer), keep="few" if fitting else self.keep,
+            bar=bar_beside(trainer),
         )  # fmt: skip
 
     def _folder(self, trainer: Trainer) -> Path | None:
@@ -166,6 +179,11 @@ class RobustnessEvaluation(Callback):
             return
         for logger in trainer.loggers:
             log_result(logger, self.result, trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the progress bar away."""
+        if self._session is not None:
+            self._session.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the last result of the training."""

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from sg_lightning.callbacks.compiled import kept_buffers
 from sg_lightning.domains import Domain
 from sg_lightning.inputs import Input, device_of, tensors
+from sg_lightning.modules.checks import refuse_sharding
 from sg_lightning.objectives.directions import Direction
 from sg_lightning.objectives.noise import NoiseTape
 from sg_lightning.objectives.probability import Output, check_indices, check_label_range, check_logits
@@ -52,7 +54,8 @@ class SparseGradient(Callback):
     forward pass is shared, so the penalty costs one more forward, its backward, and one backward to the input. If the
     step does not call ``self(x)`` the penalty is taken at the batch's x for two more forward passes, with a warning.
 
-    Correct under mixed precision with and without loss scaling, gradient accumulation, clipping and DDP. The logged
+    Correct under mixed precision with and without loss scaling, gradient accumulation, clipping, DDP and
+    ``torch.compile`` of the network (``"ratio"`` needs a second derivative, which compiled networks lack). The logged
     training loss of the module does not contain the penalty; ``train/sg_penalty`` (before weighting) is logged beside
     it, and ``train/sg_fidelity``, the correlation over a batch of the finite difference with the gradient norm that it
     stands for: near 0 the step size reads noise.
@@ -107,6 +110,7 @@ class SparseGradient(Callback):
         self._penalty = self.penalty  # with the domain of the module that is fitted
         self._first = True  # no step seen in this fit
         self._handles: list[RemovableHandle] = []
+        self._fitting = ExitStack()
         self._batch: Any = None
         self._listening = False
         self._calls: deque[_Call] = deque(maxlen=_KEPT_CALLS)
@@ -132,11 +136,9 @@ class SparseGradient(Callback):
                 f"{type(pl_module).__name__} uses manual optimisation, so SparseGradient cannot add to its loss; call "
                 "sg_lightning.objectives.sparse_gradient_penalty in its training_step instead"
             )
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            raise ValueError(  # noqa: TRY004 - a bad combination of settings, not a bad type
-                f"SparseGradient needs a forward pass outside the strategy's own, which {type(trainer.strategy).__name__}"
-                " does not allow; use one device or strategy='ddp'"
-            )
+        refuse_sharding(
+            trainer, "SparseGradient", "the penalty is a forward and a backward pass beside the strategy's own"
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to watch the module's forward calls."""
@@ -147,6 +149,7 @@ class SparseGradient(Callback):
         domain = getattr(getattr(pl_module, "backbone", None), "domain", None)
         if isinstance(self.penalty, FiniteDifference) and self.penalty.domain is None and isinstance(domain, Domain):
             self._penalty = replace(self.penalty, domain=domain)
+        self._fitting.enter_context(kept_buffers(pl_module))
         self._handles = [
             pl_module.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             pl_module.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -181,6 +184,7 @@ class SparseGradient(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._fitting.close()
         self._penalty = self.penalty
         self._forget()
 

@@ -1,6 +1,7 @@
 """Evaluate robustness: per sample, resumable, every figure derived from rows. Needs no Lightning."""
 
 from sg_lightning.evaluation.checks import Check
+from sg_lightning.evaluation.distances import accuracy_at, minimal_distances
 from sg_lightning.evaluation.engine import RobustnessRun
 from sg_lightning.evaluation.measure import evaluate
 from sg_lightning.evaluation.result import RobustnessResult, SuiteRecord
@@ -14,7 +15,9 @@ __all__ = [
     "Row",
     "Share",
     "SuiteRecord",
+    "accuracy_at",
     "evaluate",
+    "minimal_distances",
     "paired_difference",
     "wilson",
 ]

@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from sg_lightning._version import __version__
-from sg_lightning.attacks import Attack, Oracle, RandomNoise, Suite, verify
+from sg_lightning.attacks import Attack, AttackResult, Oracle, RandomNoise, Suite, verify
 from sg_lightning.attacks.base import check_batch
+from sg_lightning.evaluation.adversarial import AdversarialStore
 from sg_lightning.evaluation.data import fingerprint_model, fingerprint_samples
+from sg_lightning.evaluation.progress import Watch
 from sg_lightning.evaluation.result import RobustnessResult
 from sg_lightning.evaluation.rows import Phase, Row, Status
 from sg_lightning.inputs import Input, detached, select
@@ -38,6 +40,8 @@ class RobustnessRun:
         seed: Seed of all random starts and controls.
         check_ids: Samples on which every attack runs, broken or not, for the honesty checks.
         examples: Adversarial examples kept so far, of a run that goes on.
+        watch: Shows the progress.
+        store: Takes the adversarial input of every sample.
     """
 
     def __init__(
@@ -48,12 +52,16 @@ class RobustnessRun:
         seed: int = 0,
         check_ids: frozenset[int] = frozenset(),
         examples: Sequence[dict[str, Any]] = (),
+        watch: Watch | None = None,
+        store: AdversarialStore | None = None,
     ) -> None:
         self.oracle = oracle
         self.suite = suite
         self.seed = seed
         self.check_ids = check_ids
         self.examples = list(examples)
+        self.watch = watch or Watch(None, suite, 0, 0)
+        self.store = store
         self.costs: dict[str, Cost] = {}
         self._tag = f"{suite.name}-{suite.hash}"
         self._started = time.perf_counter()
@@ -84,7 +92,12 @@ class RobustnessRun:
             ]  # fmt: skip
             batch = _Batch(x, y, clean, SampleGenerator.from_ids(self.seed, list(ids)), rows)
             checked = torch.tensor([k for k, i in enumerate(ids) if i in self.check_ids], dtype=torch.int64)
-            return [*rows, *self._cascade(batch), *(self._checks(batch.select(checked)) if len(checked) else ())]
+            if self.store is not None:
+                self.store.begin(x)
+            rows = [*rows, *self._cascade(batch), *(self._checks(batch.select(checked)) if len(checked) else ())]
+        if self.store is not None:
+            self.store.commit(ids)
+        return rows
 
     def _cascade(self, batch: _Batch) -> list[Row]:
         rows: list[Row] = []
@@ -105,14 +118,19 @@ class RobustnessRun:
             if entry.headline:
                 attacks = [*entry.attacks, RandomNoise(entry.threat)]
                 huge = overwhelming(entry.threat, batch.x)
-                if huge is not None:
-                    attacks.append(entry.attacks[-1].with_threat(huge))
+                climbing = [a for a in entry.attacks if not (a.gradient_free or a.minimal)]
+                if huge is not None and climbing:
+                    attacks.append(climbing[-1].with_threat(huge))
                 for attack in attacks:
                     rows += self._attack(attack, batch, batch.clean, "check")[1]
         return rows
 
     def _attack(self, attack: Attack, batch: _Batch, alive: Tensor, phase: Phase) -> tuple[Tensor, list[Row]]:
         """Attack the samples that stand; return who fell (broken or invalid) and one row for everybody."""
+        with self.watch.attack(attack, len(batch.y)):
+            return self._attack_standing(attack, batch, alive, phase)
+
+    def _attack_standing(self, attack: Attack, batch: _Batch, alive: Tensor, phase: Phase) -> tuple[Tensor, list[Row]]:
         threat = attack.threat
         told = {"phase": phase, "norm": threat.norm, "eps": str(threat.eps), "attack": attack.name}
         rows = [replace(row, queries=0, **told) for row in batch.rows]  # type: ignore[arg-type]
@@ -121,15 +139,15 @@ class RobustnessRun:
         if len(index) == 0:
             return fell, rows
         part = batch.select(index)
-        stream = part.noise.fork(threat.norm, str(threat.eps), attack.name)
         with self._costing(f"{threat.norm} {threat.eps} {attack.name}" + (" (checks)" if phase == "check" else "")):
-            found = attack.run(self.oracle, part.x, part.y, generator=stream)
+            found = self._searched(attack, batch, part, index)
             verdict = verify(self.oracle, threat, part.x, found.x_adv, part.y)
         broken = verdict.counts & ~found.invalid
-        # An example outside its threat is a fault of the attack: it never counts as success, nor as robustness.
-        invalid = found.invalid | ~verdict.inside
-        fell[index] = broken | invalid
         sizes = threat.size(found.x_adv, part.x)
+        # An example outside its threat is a fault of the attack: it never counts as success, nor as robustness. But the
+        # smallest example of a sample may well be larger than eps.
+        invalid = found.invalid | ~(verdict.inside | (attack.minimal & (sizes > threat.budget)))
+        fell[index] = broken | invalid
         for k, position in enumerate(index.tolist()):
             status: Status = "invalid" if invalid[k] else "broken" if broken[k] else "survived"
             rows[position] = replace(
@@ -140,7 +158,24 @@ class RobustnessRun:
             )  # fmt: skip
         if phase == "main" and attack.kind != "random":
             self._keep_examples(threat, part, found.x_adv, broken, sizes)
+            if self.store is not None:
+                self.store.hold(threat, index, found.x_adv, ~invalid)
         return fell, rows
+
+    def _searched(self, attack: Attack, batch: _Batch, part: _Batch, index: Tensor) -> AttackResult:
+        """Run an attack on the samples ``index`` of a batch; a minimal-norm attack only once for all budgets."""
+        threat = attack.threat
+        if not attack.minimal:
+            stream = part.noise.fork(threat.norm, str(threat.eps), attack.name)
+            return attack.run(self.oracle, part.x, part.y, generator=stream)
+        whatever_eps = attack.with_threat(threat.with_eps(0))
+        if whatever_eps not in batch.searched:
+            found = attack.run(self.oracle, part.x, part.y, generator=part.noise.fork(threat.norm, attack.name))
+            batch.searched[whatever_eps] = index, found
+            return found
+        # Who stands now stood then: samples only ever fall.
+        before, found = batch.searched[whatever_eps]
+        return found.again(torch.searchsorted(before, index))
 
     @contextmanager
     def _costing(self, what: str) -> Iterator[None]:
@@ -196,13 +231,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Samples with their noise, whether they are right (B,), and the row that says so."""
+    """Samples with their noise, whether they are right (B,), and the row that says so.
+
+    ``searched``: what minimal-norm attacks found, and for which samples.
+    """
 
     x: Input
     y: Tensor
     clean: Tensor
     noise: SampleGenerator
     rows: list[Row]
+    searched: dict[Attack, tuple[Tensor, AttackResult]] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> _Batch:
         rows = [self.rows[k] for k in index.tolist()]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite
 from sg_lightning.domains import Domain
+from sg_lightning.evaluation.adversarial import Keep
 from sg_lightning.evaluation.data import Source, check_samples, to_device
+from sg_lightning.evaluation.progress import TqdmBar
 from sg_lightning.evaluation.result import RobustnessResult
-from sg_lightning.evaluation.session import Session
+from sg_lightning.evaluation.session import Session, process
 from sg_lightning.inputs import Input, select
 from sg_lightning.threats import Budgets
 
@@ -35,6 +37,7 @@ def evaluate(
     eot: int = 1,
     votes: int = 1,
     check_samples_count: int = 128,
+    keep: Keep = "few",
     progress: bool = True,
 ) -> RobustnessResult:
     """Attack every test sample under every norm of a suite and report what is left.
@@ -57,13 +60,17 @@ def evaluate(
         eot: Gradients averaged per step, for stochastic models.
         votes: Forward passes whose majority decides, for stochastic models.
         check_samples_count: Samples on which all attacks run, for the honesty checks; 0 switches them off.
+        keep: ``"all"`` writes the adversarial input of every sample, one file ``adversarial/<norm>.pt`` per norm in
+            ``out`` (:class:`~sg_lightning.evaluation.adversarial.AdversarialStore` says what is in it); ``"few"`` keeps
+            some per norm, for pictures.
         progress: Show a progress bar on stderr.
 
     Returns:
         The result; also in ``out`` if that is given.
 
     Raises:
-        ValueError: on bad data, labels, budgets, an unknown suite, or an ``out`` that holds another run.
+        ValueError: on bad data, labels, budgets, an unknown suite, an ``out`` that holds another run, or
+            ``keep="all"`` without ``out``.
         TypeError: if the model does not return one tensor of logits.
     """
     if batch_size < 1 or check_samples_count < 0:
@@ -82,12 +89,10 @@ def evaluate(
     check_samples(first[0], first[1], domain)
     _ask_one(oracle, first[0], device)
     session = Session(
-        oracle, resolved, samples=len(source), seed=seed, check_samples_count=check_samples_count, out=out
-    )
-    with tqdm(
-        total=len(source), initial=session.resumed, desc=f"attacks ({resolved.name})", unit="sample",
-        disable=not progress or session.rank > 0,
-    ) as bar:  # fmt: skip
+        oracle, resolved, samples=len(source), seed=seed, check_samples_count=check_samples_count, out=out, keep=keep,
+        bar=TqdmBar() if progress and process()[0] == 0 else None,
+    )  # fmt: skip
+    with closing(session):
         for x, y, ids in chain([first], batches):
             check_samples(x, y, domain)
             session.check(x, y, ids)
@@ -98,7 +103,6 @@ def evaluate(
             if device is not None:
                 x, y = to_device(x, device), y.to(device)
             session.batch(x, y, ids[mine])
-            bar.update(min(len(mine) * session.world, len(source) - bar.n))
     reasons = {norm: budgets[norm].reason for norm in resolved.norms if norm in budgets and budgets[norm].reason}
     notes = {"headline budgets": reasons, "left out": left_out}
     result = session.finish(domain=str(domain), **{name: note for name, note in notes.items() if note})

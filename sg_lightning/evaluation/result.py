@@ -154,6 +154,18 @@ class RobustnessResult:
                 right &= ~fell
         return right
 
+    def broken(self, norm: str, eps: float | str | None = None) -> Mask:
+        """Tell per sample (N,) whether an attack of this norm within eps (headline) found an adversarial example.
+
+        Unlike ``~robust(norm)``, not where the sample was wrong to begin with or its gradients were not finite.
+        """
+        limit = self._limit(norm, eps)
+        found = np.zeros(len(self.ids), dtype=bool)
+        for row in self.rows:
+            if row.phase == "main" and row.norm == norm and row.status == "broken" and row.attack != "random":
+                found[self._position[row.id]] |= parse_eps(row.eps) <= limit
+        return found
+
     def after(self, norm: str, eps: float | str, attack: str) -> Share:
         """Return the accuracy, with its Wilson interval, that an attack and all that ran before it under its norm left.
 

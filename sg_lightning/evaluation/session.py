@@ -11,8 +11,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from sg_lightning.attacks import Oracle, Suite
+from sg_lightning.evaluation.adversarial import AdversarialStore, Keep, check_keep
 from sg_lightning.evaluation.data import fingerprint_model, fingerprint_samples
 from sg_lightning.evaluation.engine import Cost, RobustnessRun, spread_ids
+from sg_lightning.evaluation.progress import Bar, Watch
 from sg_lightning.evaluation.result import RobustnessResult
 from sg_lightning.evaluation.rows import Row, RowStore, unique
 from sg_lightning.inputs import Input, select
@@ -31,16 +33,19 @@ class Session:
         seed: Seed of random starts and controls.
         check_samples_count: Samples on which all attacks run, for the honesty checks.
         out: Folder for rows as they are made; what it holds is not done again. ``None``: nothing is written.
+        keep: ``"all"`` writes the adversarial input of every sample into ``out``, ``"few"`` some for pictures.
+        bar: Where this process shows its progress.
 
     Raises:
-        ValueError: if ``out`` holds another evaluation.
+        ValueError: if ``out`` holds another evaluation, or ``keep="all"`` has no ``out``.
         OSError: if ``out`` cannot be written to.
     """
 
     def __init__(
         self, oracle: Oracle, suite: Suite, *, samples: int, seed: int = 0, check_samples_count: int = 0,
-        out: str | Path | None = None,
+        out: str | Path | None = None, keep: Keep = "few", bar: Bar | None = None,
     ) -> None:  # fmt: skip
+        check_keep(keep, out)
         self.rank, self.world = process()
         self.samples = samples
         self.out = None if out is None else Path(out)
@@ -51,14 +56,23 @@ class Session:
                 "seed": seed, "estimator": str(oracle.estimator), "eot": oracle.eot, "votes": oracle.votes,
                 "checks": check_samples_count,
             }  # fmt: skip
+            if keep == "all":
+                fingerprint["keep"] = keep
             self.store = RowStore(self.out, fingerprint, part=self.rank if self.world > 1 else None)
+        check_ids = spread_ids(samples, check_samples_count)
+        mine = len(range(self.rank, samples, self.world))
+        self.bar = bar
         self.run = RobustnessRun(
-            oracle, suite, seed=seed, check_ids=spread_ids(samples, check_samples_count),
+            oracle, suite, seed=seed, check_ids=check_ids,
             examples=self.store.examples() if self.store is not None else (),
+            watch=Watch(bar, suite, mine, len([i for i in check_ids if i % self.world == self.rank])),
+            store=AdversarialStore(out, suite) if keep == "all" and out is not None else None,
         )  # fmt: skip
         self.rows = _finished(self.store.read(), self.run) if self.store is not None else []
         self.done = {row.id: row.data for row in self.rows}
         self.resumed = len(self.done)
+        if bar is not None:
+            bar.begin(f"attacks ({suite.name})", mine, sum(i % self.world == self.rank for i in self.done))
 
     def share(self, ids: Tensor) -> Tensor:
         """Return the positions of the samples that this process has still to attack, if every one sees all samples."""
@@ -94,6 +108,7 @@ class Session:
 
     def finish(self, **meta: Any) -> RobustnessResult | None:
         """Gather the rows of all processes; return the result, ``None`` if no sample was seen."""
+        self.close()
         counts = self.run.oracle.counts
         parts: list[Any] = [(self.rows, counts.forwards, counts.backwards, self.run.costs)]
         if self.world > 1:
@@ -113,8 +128,15 @@ class Session:
         )  # fmt: skip
         if self.store is not None and self.out is not None and self.rank == 0:
             result.save(self.out)
+            if self.run.store is not None:
+                self.run.store.finish(result)
             self.store.drop_parts()
         return result
+
+    def close(self) -> None:
+        """Take the progress bar away."""
+        if self.bar is not None:
+            self.bar.end()
 
 
 def process() -> tuple[int, int]:

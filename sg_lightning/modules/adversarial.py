@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from sg_lightning.attacks import Attack, Oracle
 from sg_lightning.domains import Domain
+from sg_lightning.evaluation.session import process
 from sg_lightning.inputs import Input, batch_size
+from sg_lightning.modules.checks import refuse_sharding
 from sg_lightning.modules.classifier import SpikingClassifier
 from sg_lightning.sampling import SampleGenerator
 
@@ -25,7 +27,8 @@ class AdversarialTraining(_Host):
     """Train on attacked inputs instead of clean ones.
 
     The attack takes gradients with respect to the input only: no ``.grad`` is touched, so accumulation, clipping and
-    DDP work as without it. Its random starts differ between batches and processes and follow ``seed_everything``.
+    DDP work as without it. Its random starts differ between samples and batches and follow ``seed_everything``; they
+    belong to the place of a sample in the batch of all processes, so N processes train as one with N times the batch.
     Together with :class:`~sg_lightning.callbacks.SparseGradient` the penalty is taken at the attacked inputs (SR*).
 
     Args:
@@ -37,7 +40,8 @@ class AdversarialTraining(_Host):
         **kwargs: For the class behind the mixin.
 
     Raises:
-        ValueError: if the attack may leave the domain of the backbone, or on an unknown ``crafting_mode``.
+        ValueError: if the attack may leave the domain of the backbone or is a minimal-norm attack, or on an unknown
+            ``crafting_mode``; before training, under a strategy that splits the weights over processes.
 
     Source:
         Madry et al., "Towards deep learning models resistant to adversarial attacks", arXiv 1706.06083.
@@ -47,11 +51,20 @@ class AdversarialTraining(_Host):
         super().__init__(*args, **kwargs)
         if not isinstance(attack, Attack):
             raise TypeError(f"attack must be an Attack such as PGD(Linf('8/255')), got {type(attack).__name__}")
+        if attack.minimal:
+            raise ValueError(f"{attack.name} looks for small perturbations, not for a high loss; train with PGD, e.g.")
         if crafting_mode not in get_args(CraftingMode):
             raise ValueError(f"crafting_mode must be 'eval' or 'train', got {crafting_mode!r}")
         _check_domain(attack, self.backbone)
         self.attack = attack
         self.crafting_mode = crafting_mode
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies under which the network cannot be attacked."""
+        super().setup(stage)
+        if stage == "fit":
+            name = type(self).__name__
+            refuse_sharding(self.trainer, name, "the attack is a backward pass to the input beside the strategy's own")
 
     def loss_inputs(self, x: Input, y: Tensor) -> list[Input]:
         """Return the attacked version of every point that the class behind the mixin would train on."""
@@ -61,7 +74,11 @@ class AdversarialTraining(_Host):
     def craft(self, x: Input, y: Tensor) -> Input:
         """Attack a batch; the network is left as it was."""
         # Drawn here: the oracle restores the random state, so keys drawn inside would be the same for every batch.
-        noise = SampleGenerator.draw(batch_size(x)).fork("rank", self.global_rank)
+        # A distributed sampler deals samples out in turn: sample k of this process is k * world + rank of the whole
+        # batch. Every process draws for the whole batch and takes its own, so N processes make the noise of one.
+        rank, world = process()
+        everyone = batch_size(x) * world
+        noise = SampleGenerator.draw(everyone).select(torch.arange(rank, everyone, world))
         oracle = Oracle(self.backbone, mode=self.crafting_mode)
         return self.attack.run(oracle, x, y, generator=noise, goal="loss").x_adv
 

@@ -1,10 +1,12 @@
-"""Errors for data and networks that do not fit, raised on the first batch of a stage."""
+"""Errors for strategies, data and networks that do not fit, raised before a stage or on its first batch."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from sg_lightning.domains import Domain
@@ -57,4 +59,17 @@ def check_outputs(logits: Tensor, y: Tensor, backbone: nn.Module) -> None:
         raise ValueError(
             f"{name} returns probabilities (rows sum to 1), but logits are needed: cross-entropy and attacks apply the "
             "softmax themselves. Remove the softmax at its end"
+        )
+
+
+def refuse_sharding(trainer: Trainer, name: str, reason: str, cure: str = "use strategy='ddp' or one device") -> None:
+    """Raise ``ValueError`` if the strategy splits the weights of a layer over processes.
+
+    Such a strategy gathers the weights in the forward and backward passes that it runs itself, in step on all
+    processes. Passes of our own, for the gradient with respect to the input, are not among them.
+    """
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        raise ValueError(  # noqa: TRY004 - a bad combination of settings, not a bad type
+            f"{name} does not work with {type(trainer.strategy).__name__}, which splits the weights over processes: "
+            f"{reason}; {cure}"
         )

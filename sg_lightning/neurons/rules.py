@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from sg_lightning.neurons import fused
 from sg_lightning.neurons.base import Dynamics
@@ -138,6 +137,9 @@ class _Ruled(Function):
         return s
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # under create_graph; once_differentiable would miss paths that it is not on
+            raise RuntimeError(
+                "the rules of attacks give first-order gradients only; leave out create_graph=True, or use a surrogate"
+            )
         return ctx.pull(grad.to(ctx.membrane_dtype)).to(ctx.dtype), None, None, None, None, None

@@ -111,6 +111,10 @@ class SingleThreat(Threat):
     """A threat on one tensor (B, ...): the checks that all norms share."""
 
     @abstractmethod
+    def project(self, x_adv: Tensor, x: Tensor, eps: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Return the nearest allowed point; ``eps`` (B,): a budget for each sample instead of the threat's own."""
+
+    @abstractmethod
     def _size(self, change: Tensor) -> Tensor:
         """Measure a float64 change (B, n)."""
 

@@ -1,6 +1,7 @@
 """Exact projections and linear maximisers on ball and box, by sorting; float64, (B, n) magnitudes.
 
 All work on magnitudes: the sign of a change is known and ``room`` (B, n) is the distance to the wall it points at.
+Budgets are one number or one per sample, (B, 1).
 Sums are accumulated in float64, because float32 cancellation breaks small budgets.
 """
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def fill_l2(weight: Tensor, room: Tensor, eps: float) -> Tensor:
+def fill_l2(weight: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
     """Return ``d_i = min(t * weight_i, room_i)`` with the t that gives ``|d|_2 = eps``, or ``room`` if that is shorter.
 
     With ``weight = |v|`` and ``room <= |v|`` this is the projection of v on ball and box, with ``weight = |g|`` the
@@ -33,7 +34,7 @@ def fill_l2(weight: Tensor, room: Tensor, eps: float) -> Tensor:
     return found * (eps / found.norm(dim=1, keepdim=True).clamp_min(1e-300)).clamp_max(1.0)
 
 
-def project_l1(magnitude: Tensor, room: Tensor, eps: float) -> Tensor:
+def project_l1(magnitude: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
     """Return ``d_i = min((magnitude_i - lam)+, room_i)`` with the lam that gives ``|d|_1 = eps``, or less if it fits.
 
     The sum is piecewise linear and falling in lam with knots at ``magnitude`` and ``magnitude - room``; the first knot
@@ -62,12 +63,11 @@ def fill_l1(gain: Tensor, room: Tensor, eps: float) -> Tensor:
     return torch.zeros_like(room).scatter(1, order, torch.minimum((eps - spent_before).clamp_min(0.0), ordered))
 
 
-def top_k(score: Tensor, k: int) -> Tensor:
+def top_k(score: Tensor, k: int | Tensor) -> Tensor:
     """Return a 0/1 mask (B, n) of the k highest positive scores; ties go to the lower index."""
-    if k == 0:
-        return torch.zeros_like(score)
-    order = score.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return torch.zeros_like(score).scatter(1, order, 1.0) * (score > 0)
+    order = score.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    return (places < k).to(score.dtype).gather(1, order.argsort(dim=1)) * (score > 0)
 
 
 def add_towards_zero(x: Tensor, change: Tensor) -> Tensor:

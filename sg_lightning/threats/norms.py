@@ -39,7 +39,7 @@ class _Ball(SingleThreat):
             )
 
     @abstractmethod
-    def _shrink(self, magnitude: Tensor, room: Tensor) -> Tensor:
+    def _shrink(self, magnitude: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
         """Project magnitudes (B, n) with ``room <= magnitude``."""
 
     @abstractmethod
@@ -50,11 +50,12 @@ class _Ball(SingleThreat):
     def _direction(self, like: Tensor, generator: SampleGenerator) -> Tensor:
         """Draw a float64 (B, n) change on the surface of the ball, uniform on it (L-infinity: in the cube)."""
 
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+    def project(self, x_adv: Tensor, x: Tensor, eps: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Return the nearest point in ball and box; exact, by sorting."""
+        radius = self.budget if eps is None else eps.double().unsqueeze(1)
         change = (x_adv.double() - x.double()).flatten(1)
         room = torch.minimum(self._room(x, change), change.abs())
-        return add_towards_zero(x, change.sign() * self._shrink(change.abs(), room))
+        return add_towards_zero(x, change.sign() * self._shrink(change.abs(), room, radius))
 
     def maximise_linear(self, x: Tensor, grad: Tensor) -> Tensor:  # type: ignore[override]
         """Return the maximiser of ``<grad, x_adv>``; exact."""
@@ -102,8 +103,8 @@ class Linf(_Ball):
                 f"eps={self.eps} is wider than the domain {self.domain}: write eps in input units, e.g. '8/255' for images"
             )
 
-    def _shrink(self, magnitude: Tensor, room: Tensor) -> Tensor:
-        return room.clamp_max(self.budget)
+    def _shrink(self, magnitude: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
+        return room.clamp_max(eps)
 
     def _fill(self, gain: Tensor, room: Tensor) -> Tensor:
         return torch.where(gain > 0, room, 0.0).clamp_max(self.budget)
@@ -137,8 +138,8 @@ class L2(_Ball):
         """Return a step that falls linearly from eps: walls bend the path, so a constant short step would not arrive."""
         return self.budget * (1 - done / steps)
 
-    def _shrink(self, magnitude: Tensor, room: Tensor) -> Tensor:
-        return fill_l2(magnitude, room, self.budget)
+    def _shrink(self, magnitude: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
+        return fill_l2(magnitude, room, eps)
 
     def _fill(self, gain: Tensor, room: Tensor) -> Tensor:
         return fill_l2(gain, room, self.budget)
@@ -179,8 +180,8 @@ class L1(_Ball):
         """Return a step that falls linearly from 4 eps: the projection takes back most of a step along a dense gradient."""
         return 4 * self.budget * (1 - done / steps)
 
-    def _shrink(self, magnitude: Tensor, room: Tensor) -> Tensor:
-        return project_l1(magnitude, room, self.budget)
+    def _shrink(self, magnitude: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
+        return project_l1(magnitude, room, eps)
 
     def _fill(self, gain: Tensor, room: Tensor) -> Tensor:
         return fill_l1(gain, room, self.budget)

@@ -68,48 +68,66 @@ class L0(_Counting):
                 f"L0 moves values up to the walls, but {self.domain} is open: give a ceiling or use EventFlips"
             )
 
-    def _per_pixel(self, values: Tensor, shape: torch.Size) -> Tensor:
-        """Sum (B, n) over the channels of each pixel: (B, pixels)."""
+    def check(self, x: Tensor) -> None:  # type: ignore[override]
+        """Raise ``ValueError`` if there are fewer pixels than may change."""
+        self._check_count(self.pixels(x).shape[1], x.shape)
+
+    def _check_count(self, pixels: int, shape: torch.Size) -> None:
+        if self.count > pixels:
+            raise ValueError(f"L0 may change {self.count} {self.unit}, but the input {tuple(shape)} has {pixels}")
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """Arrange values by pixel: (B, pixels, channels)."""
+        if self.unit == "cells" or x.dim() < 4:
+            return x.reshape(len(x), -1, 1)
+        return x.movedim(-3, -1).flatten(1, -2)
+
+    def from_pixels(self, pixels: Tensor, like: Tensor) -> Tensor:
+        """Undo :meth:`pixels` for an input of the shape of ``like``."""
+        if self.unit == "cells" or like.dim() < 4:
+            return pixels.reshape(like.shape)
+        return pixels.view(like.movedim(-3, -1).shape).movedim(-1, -3)
+
+    def per_pixel(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """Sum values (B, n) over the channels of each pixel: (B, pixels), or (B, cells)."""
         if self.unit == "cells" or len(shape) < 4:
             return values
         return values.view(shape).sum(-3).flatten(1)
 
-    def _spread(self, pixels: Tensor, shape: torch.Size) -> Tensor:
-        """Give each value of a pixel the pixel's entry: (B, n)."""
+    def per_value(self, pixels: Tensor, shape: torch.Size) -> Tensor:
+        """Give each value of a pixel the entry of its pixel: (B, n)."""
         if self.unit == "cells" or len(shape) < 4:
             return pixels
         return pixels.view(*shape[:-3], 1, *shape[-2:]).expand(shape).reshape(shape[0], -1)
 
-    def _choose(self, score: Tensor, shape: torch.Size) -> Tensor:
-        pixels = self._per_pixel(score, shape)
-        if self.count > pixels.shape[1]:
-            raise ValueError(
-                f"L0 may change {self.count} {self.unit}, but the input {tuple(shape)} has {pixels.shape[1]}"
-            )
-        return self._spread(top_k(pixels, self.count), shape)
+    def choose(self, score: Tensor, shape: torch.Size, count: int | Tensor | None = None) -> Tensor:
+        """Return a 0/1 mask (B, n) of the ``count`` (eps) pixels whose scores (B, n) have the highest positive sums."""
+        pixels = self.per_pixel(score, shape)
+        self._check_count(pixels.shape[1], shape)
+        return self.per_value(top_k(pixels, self.count if count is None else count), shape)
 
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+    def project(self, x_adv: Tensor, x: Tensor, eps: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Keep the pixels whose undoing would cost most distance, clipped to the domain."""
         change = (x_adv.double() - x.double()).flatten(1)
         clipped = change.sign() * torch.minimum(change.abs(), self._room(x, change))
         if self.domain.lattice is not None:
             clipped = clipped.round()
         gain = clipped * (2 * change - clipped)  # distance that undoing the change would add
-        return add_towards_zero(x, clipped * self._choose(gain, x.shape))
+        return add_towards_zero(x, clipped * self.choose(gain, x.shape, None if eps is None else eps.unsqueeze(1)))
 
     def maximise_linear(self, x: Tensor, grad: Tensor) -> Tensor:  # type: ignore[override]
         """Send the pixels with the highest sum of |grad| times room to the wall; exact."""
         slope = grad.double().flatten(1)
         slope = slope / slope.abs().amax(1, keepdim=True).clamp_min(1e-300)
         move = slope.sign() * self._room(x, slope)
-        return add_towards_zero(x, move * self._choose(slope * move, x.shape))
+        return add_towards_zero(x, move * self.choose(slope * move, x.shape))
 
     def sample(self, x: Tensor, generator: SampleGenerator) -> Tensor:  # type: ignore[override]
         """Give eps random pixels random values: uniform in the domain, flipped if it is binary."""
         flat = x.double()
-        lottery = self._per_pixel(generator.fork("support").uniform(flat).flatten(1), x.shape)
+        lottery = self.per_pixel(generator.fork("support").uniform(flat).flatten(1), x.shape)
         # Channel sums are not uniform but exchangeable between pixels, which is all a uniform support needs.
-        chosen = self._choose(self._spread(lottery, x.shape) + 1.0, x.shape)
+        chosen = self.choose(self.per_value(lottery, x.shape) + 1.0, x.shape)
         values = generator.fork("value").uniform(flat, self.domain.low, self.domain.high)
         if self.domain.lattice == "binary":
             values = 1.0 - flat
@@ -124,7 +142,7 @@ class L0(_Counting):
     def size(self, x_adv: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
         """Return the number of changed pixels or cells, (B,)."""
         changed = (x_adv != x).double().flatten(1)
-        return (self._per_pixel(changed, x.shape) > 0).double().sum(1)
+        return (self.per_pixel(changed, x.shape) > 0).double().sum(1)
 
     def _size(self, change: Tensor) -> Tensor:
         raise AssertionError("size() is overridden")  # pragma: no cover
@@ -163,8 +181,8 @@ class EventFlips(_Counting):
                 f"EventFlips needs events, but the domain is {self.domain}: use domain=Binary() or Counts()"
             )
 
-    def _allowed(self, direction: Tensor, x: Tensor) -> Tensor:
-        """Return the room (B, n) in whole events; 0 where the mode forbids the direction."""
+    def allowed(self, direction: Tensor, x: Tensor) -> Tensor:
+        """Return how many events (B, n) ``direction`` (B, n) may add or delete; 0 where the mode forbids it."""
         room = self._room(x, direction)
         if self.mode == "add":
             room = torch.where(direction > 0, room, 0.0)
@@ -172,19 +190,18 @@ class EventFlips(_Counting):
             room = torch.where(direction < 0, room, 0.0)
         return room
 
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+    def project(self, x_adv: Tensor, x: Tensor, eps: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Keep the eps single events whose undoing would cost most distance.
 
         The real-valued L1 projection rounded by largest remainders, which is optimal for whole events.
         """
+        events = self.budget if eps is None else eps.double().unsqueeze(1)
         change = (x_adv.double() - x.double()).flatten(1)
         # A cell that rounds to no event has none to give.
-        room = torch.minimum(self._allowed(change, x), change.abs().add(0.5).floor())
-        if self.count == 0:
-            return x.clone()
-        real = project_l1(change.abs(), room, self.budget)
+        room = torch.minimum(self.allowed(change, x), change.abs().add(0.5).floor())
+        real = project_l1(change.abs(), room, events)
         whole = (real + 1e-9).floor()
-        left = self.count - whole.sum(1, keepdim=True)
+        left = events - whole.sum(1, keepdim=True)
         remainder = torch.where(whole + 1 <= room, real - whole + 1.0, 0.0)
         order = remainder.argsort(dim=1, descending=True, stable=True)
         rank = torch.zeros_like(order).scatter(1, order, torch.arange(order.shape[1], device=x.device).expand_as(order))
@@ -194,14 +211,14 @@ class EventFlips(_Counting):
     def maximise_linear(self, x: Tensor, grad: Tensor) -> Tensor:  # type: ignore[override]
         """Spend the events where the gradient gains most; exact."""
         slope = grad.double().flatten(1)
-        events = fill_l1(slope.abs(), self._allowed(slope, x), self.budget)
+        events = fill_l1(slope.abs(), self.allowed(slope, x), self.budget)
         return (x.double() + (slope.sign() * events).view(x.shape)).to(x.dtype)
 
     def sample(self, x: Tensor, generator: SampleGenerator) -> Tensor:  # type: ignore[override]
         """Change eps random cells by one event each, uniform among the cells where the mode allows it."""
         flat = x.double().flatten(1)
-        up = self._allowed(torch.ones_like(flat), x) >= 1
-        down = self._allowed(-torch.ones_like(flat), x) >= 1
+        up = self.allowed(torch.ones_like(flat), x) >= 1
+        down = self.allowed(-torch.ones_like(flat), x) >= 1
         coin = generator.fork("direction").uniform(flat, -1.0, 1.0).sign()
         direction = torch.where(up & down, coin, up.double() - down.double())
         lottery = (generator.fork("support").uniform(flat) + 1.0) * (up | down)

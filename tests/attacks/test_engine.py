@@ -10,8 +10,10 @@ from sg_lightning.attacks import (
     BPTT,
     FGSM,
     PGD,
+    PGD0,
     RFGSM,
     SAPGD,
+    SPGD,
     MultiTargeted,
     Oracle,
     RandomNoise,
@@ -132,7 +134,8 @@ ATTACKS = [FGSM(Linf(0.05)), RFGSM(Linf(0.05)), PGD(Linf(0.03), steps=6, restart
            PGD(L1(0.6), steps=6, restarts=2), PGD(L0(1), steps=6, restarts=2), PGD(Linf(0.03), momentum=0.9), RandomNoise(L2(3.0)),
            APGD(Linf(0.03), steps=8, restarts=2), APGD(L2(0.2), steps=8, loss="dlr"), APGD(L1(0.6), steps=20),
            APGD(Linf(0.03), steps=6, loss="margin", targets=2), SAPGD(Linf(0.03), steps=8, restarts=2),
-           MultiTargeted(Linf(0.03), steps=6, targets=2)]  # fmt: skip
+           MultiTargeted(Linf(0.03), steps=6, targets=2), SPGD(L0(1), steps=8),
+           SPGD(L0(2, unit="cells"), steps=6, restarts=2, variant="projected"), PGD0(L0(2), steps=8)]  # fmt: skip
 
 
 def spiking_case(n=24):
@@ -370,7 +373,7 @@ BUDGETS = {"linf": Budget(eps=("1/255", "8/255"), headline="8/255"), "l0": Budge
 
 
 def test_suites_resolve_and_hash_their_content():
-    assert suite_names() == ["basic", "quick"]
+    assert suite_names() == ["assg", "basic", "paper-sr", "quick", "standard", "thorough"]
     quick, basic = load_suite("quick", BUDGETS, Box()), load_suite("basic", BUDGETS, Box())
     assert [e.threat.key for e in quick.entries] == ["linf_8_255", "l0_1"]
     assert [e.threat.key for e in basic.entries] == ["linf_1_255", "linf_8_255", "l0_1", "l0_2"]

@@ -1,6 +1,7 @@
 """RobustnessEvaluation in fit, validate and test, on modules that know nothing of us."""
 
 import csv
+import warnings
 from typing import ClassVar
 
 import lightning.pytorch as pl
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from sg_lightning import RobustnessEvaluation, evaluate
+from sg_lightning import RobustnessEvaluation, SparseGradient, evaluate
 from sg_lightning.callbacks.loggers import log_result, log_table
 from sg_lightning.evaluation import RobustnessResult
 from sg_lightning.neurons import LIF
@@ -58,10 +59,9 @@ def loader(n=30, shuffle=False, seed=0):
 
 
 def trainer(*callbacks, **options):
-    return pl.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=list(callbacks), **{"max_epochs": 3, "enable_checkpointing": False, **options},
-    )  # fmt: skip
+    defaults = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 3}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(callbacks=list(callbacks), **{**defaults, **quiet, **options})
 
 
 def fitted(*callbacks, **options):
@@ -98,7 +98,6 @@ def test_validate_and_test_in_inference_mode_equal_evaluate(entry):
     assert sorted(callback.result.rows, key=repr) == sorted(alone.rows, key=repr)
     assert callback.result.metrics() == alone.metrics()
     assert any(row.status == "broken" for row in alone.rows)  # or the test would compare nothing
-    assert module.training is True or module.training is False
 
 
 def test_every_n_epochs_and_sanity_check_and_limits():
@@ -234,9 +233,99 @@ def test_trainer_shortcuts(options):
     assert seen == {"fast_dev_run": 8, "overfit_batches": 16, "limit_val_batches": 8}[next(iter(options))]
 
 
-def test_checkpoint_on_the_union(tmp_path):
-    keep = pl.callbacks.ModelCheckpoint(tmp_path, monitor="robust/union/acc", mode="max", filename="best")
-    callback = RobustnessEvaluation(budgets=BUDGETS)
-    fitted(callback, keep, enable_checkpointing=True)
-    assert keep.best_model_score == pytest.approx(float(keep.best_model_score))
-    assert (tmp_path / "best.ckpt").is_file()
+class Recorder(RobustnessEvaluation):
+    """Keeps every union accuracy by epoch."""
+
+    def __init__(self, **options):
+        super().__init__(budgets=BUDGETS, **options)
+        self.unions = {}
+
+    def _finish(self, trainer, pl_module):
+        attacked = self._session is not None
+        super()._finish(trainer, pl_module)
+        if attacked:
+            self.unions[trainer.current_epoch] = self.result.union()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_checkpoint_and_early_stopping_on_the_union(tmp_path, every):
+    # Until the first measurement there is nothing to watch: the same rhythm, and strict=False.
+    keep = pl.callbacks.ModelCheckpoint(
+        tmp_path, monitor="robust/union/acc", mode="max", filename="{epoch}", every_n_epochs=every
+    )
+    stop = pl.callbacks.EarlyStopping("robust/union/acc", mode="max", patience=2 * every, strict=False)
+    callback = Recorder(every_n_epochs=every)
+    _, run = fitted(callback, keep, stop, enable_checkpointing=True, max_epochs=12)
+    best = max(callback.unions, key=callback.unions.get)  # the first of equals
+    assert len(set(callback.unions.values())) > 1
+    assert list(callback.unions) == list(range(every - 1, run.current_epoch, every))
+    assert keep.best_model_score == pytest.approx(callback.unions[best])
+    assert [path.name for path in tmp_path.iterdir()] == [f"epoch={best}.ckpt"]
+    assert run.current_epoch < 12 or list(callback.unions)[-1] - best < 2 * every
+
+
+class CountingForeign(Foreign):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_off_they_cost_not_one_forward_pass_and_no_hook():
+    seen = {}
+
+    class Hooks(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            parts = list(pl_module.modules())
+            seen["hooks"] = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in parts)
+
+    def calls(*callbacks):
+        pl.seed_everything(0, verbose=False)
+        module = CountingForeign()
+        trainer(Hooks(), *callbacks, num_sanity_val_steps=1).fit(module, loader(), loader(20, seed=1))
+        return module.calls, seen["hooks"]
+
+    plain = calls()
+    assert plain == (3 * (4 + 3) + 1, 0)
+    off = [SparseGradient(0.0), RobustnessEvaluation(budgets=BUDGETS, every_n_epochs=4)]
+    assert calls(*off) == plain
+    assert calls(RobustnessEvaluation(budgets=BUDGETS, every_n_epochs=3))[0] > plain[0]
+    assert calls(SparseGradient(0.1)) == (plain[0] + 3 * 4, 2)
+
+
+def test_they_print_nothing_of_their_own(capfd):
+    def said(*callbacks):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):  # the same callbacks in two runs
+                fitted(*callbacks, max_epochs=2)
+        shown = capfd.readouterr()
+        return sorted({str(w.message) for w in caught}), shown.out, shown.err
+
+    assert said(SparseGradient(0.1), RobustnessEvaluation(budgets=BUDGETS)) == said()
+
+
+def test_its_bar_stands_below_those_of_lightning(capfd):
+    fitted(
+        RobustnessEvaluation(budgets=BUDGETS), pl.callbacks.TQDMProgressBar(), enable_progress_bar=True, max_epochs=1
+    )
+    shown = capfd.readouterr().out
+    assert "attacks (quick)" in shown
+    assert "/20 samples [" in shown
+    fitted(RobustnessEvaluation(budgets=BUDGETS), max_epochs=1)  # no bar wanted, none shown
+    assert "attacks" not in "".join(capfd.readouterr())
+
+
+def test_its_line_in_the_rich_display_is_full_and_then_hidden():
+    pytest.importorskip("rich")
+    own = pl.callbacks.RichProgressBar()
+    fitted(RobustnessEvaluation(budgets=BUDGETS), own, enable_progress_bar=True, max_epochs=2)
+    lines = [task for task in own.progress.tasks if "attacks (quick)" in task.description]
+    assert len(lines) == 2  # one per epoch
+    for line in lines:
+        assert "l2 0.5 random" in line.description  # the last
+        assert line.total == 20
+        assert line.completed == pytest.approx(20)
+        assert not line.visible
+    assert [task.id for task in own.progress.tasks] == list(range(len(own.progress.tasks)))

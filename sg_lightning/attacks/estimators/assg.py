@@ -58,14 +58,11 @@ class ASSG(SingleEstimator):
     name: ClassVar[str] = "assg"
 
     def __post_init__(self) -> None:
-        if not 0 < self.a < 0.5:
-            raise ValueError(f"a must lie between 0 and 0.5, got {self.a!r}; values from 0.35 to 0.49 are usual")
+        self._check("a", 0.0, 0.5, above=True)
+        self._check("relax", 0.0)
+        self._check("decay", 0.0, 1.0)
         if self.family not in FAMILIES:
             raise ValueError(f"unknown family {self.family!r}; choose one of {', '.join(FAMILIES)}")
-        if not 0 <= self.relax < math.inf:
-            raise ValueError(f"relax must be a finite number >= 0, got {self.relax!r}")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {self.decay!r}")
 
     @property
     def omega(self) -> float:

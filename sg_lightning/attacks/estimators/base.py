@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -80,6 +81,15 @@ class Estimator(ABC):
     def describe(self) -> dict[str, Any]:
         """Return plain data that identifies the estimator (for hashes and tables)."""
         return {"name": self.name, **asdict(self)}
+
+    def _check(self, name: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
+        """Make the setting a float in [low, high), with ``above`` in (low, high), or raise ``ValueError``."""
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not low <= value < high or (above and value == low):
+            least = f"above {low:g}" if above else f"{low:g} or more"
+            raise ValueError(f"{self.name}: {name} must be a number {least} and below {high:g}, got {value!r}")
+        object.__setattr__(self, name, float(value))
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class HART(SingleEstimator, BackwardRule):
     name: ClassVar[str] = "hart"
 
     def __post_init__(self) -> None:
-        Triangular(self.gamma)
+        self._check("gamma", 0.0, above=True)
 
     def rule(self, memory: Memory) -> BackwardRule:
         """Return itself: there is nothing to remember."""

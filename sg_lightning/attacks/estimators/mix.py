@@ -14,11 +14,11 @@ from sg_lightning.attacks.estimators.surrogate import BPTT
 class Mix(Estimator):
     """Average the gradients of several estimators, with equal weights and as they are.
 
-    One forward and one backward pass each. The default is the MIX attack of HART's source: HART and BPTT with the
-    training surrogate.
+    One forward and one backward pass each.
 
     Args:
-        estimators: Two or more different estimators.
+        estimators: Two or more different estimators; none: the MIX attack of HART's source, HART and BPTT with the
+            training surrogate.
 
     Raises:
         TypeError: if one is no estimator.
@@ -28,11 +28,11 @@ class Mix(Estimator):
         Hao et al., ICLR 2024, and its public code.
     """
 
-    estimators: tuple[Estimator, ...] = (HART(), BPTT())
+    estimators: tuple[Estimator, ...] = ()
     name: ClassVar[str] = "mix"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "estimators", tuple(self.estimators))
+        object.__setattr__(self, "estimators", tuple(self.estimators) or (HART(), BPTT()))
         for estimator in self.estimators:
             if not isinstance(estimator, Estimator):
                 raise TypeError(f"Mix takes estimators such as HART(), got {estimator!r}")

@@ -97,10 +97,8 @@ class RGA(RateEstimator):
     name: ClassVar[str] = "rga"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.gamma < float("inf"):
-            raise ValueError(f"gamma must be a finite number >= 0, got {self.gamma!r}")
-        if not 1 < self.saturation < float("inf"):
-            raise ValueError(f"saturation must be a finite number above 1, in thresholds, got {self.saturation!r}")
+        self._check("gamma", 0.0)
+        self._check("saturation", 1.0, above=True)
 
     def gain(self, trace: Trace) -> Tensor:
         """Return the slope of the curve at the mean current."""
