@@ -180,7 +180,11 @@ def run(args: Sequence[str] | None) -> RobustCLI:
     # A misspelt option must not pass as the abbreviation of another, and main() words the errors.
     strict = {"allow_abbrev": False, "exit_on_error": False}
     commands = {
-        name: {"usage": f"sg-lightning {name} [-c CONFIG ...] [--KEY=VALUE ...]", "description": COMMANDS[name], **strict}
+        name: {
+            "usage": f"sg-lightning {name} [-c CONFIG ...] [--KEY=VALUE ...]",
+            "description": COMMANDS[name],
+            **strict,
+        }
         for name in OneCommand.subcommands()
     }
     return OneCommand(

@@ -22,7 +22,18 @@ _NOISE = re.compile(
 )
 _KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)')
 _OWNER = re.compile(r"Problem with given class_path '([^']+)':")
-_ROOMS = (attacks, backbones, callbacks, datamodules, modules, neurons, optim, optim.lr_scheduler, own_callbacks, threats)
+_ROOMS = (
+    attacks,
+    backbones,
+    callbacks,
+    datamodules,
+    modules,
+    neurons,
+    optim,
+    optim.lr_scheduler,
+    own_callbacks,
+    threats,
+)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -37,7 +48,13 @@ def explain(error: BaseException) -> str:
     unknown = re.match(r"unrecognized arguments: (\S+)|Subcommand '\w+' does not accept option '([^']+)'", text)
     if unknown:
         word = (unknown[1] or unknown[2]).partition("=")[0]
-        options = ["model", "data", "checkpoint", "ckpt_path", *(f"trainer.{n}" for n in inspect.signature(Trainer).parameters)]
+        options = [
+            "model",
+            "data",
+            "checkpoint",
+            "ckpt_path",
+            *(f"trainer.{n}" for n in inspect.signature(Trainer).parameters),
+        ]
         return f"there is no option {word}{nearest(word.lstrip('-'), options)}"
     if text.startswith("the following arguments are required"):
         return f"{text}; they come from configs (-c FILE): `sg-lightning configs` lists those that are shipped"

@@ -242,7 +242,9 @@ def test_a_checkpoint_does_not_override_the_command_line(trained):
 
 def test_training_goes_on_from_last(trained):
     words = ["fit", "-c", str(trained / "config.yaml"), "--trainer.callbacks=null", "--trainer.limit_val_batches=0"]
-    whole = run([*words, "--trainer.max_epochs=2", "--trainer.callbacks+=SparseGradient", "--trainer.callbacks.weight=0.01"])
+    whole = run(
+        [*words, "--trainer.max_epochs=2", "--trainer.callbacks+=SparseGradient", "--trainer.callbacks.weight=0.01"]
+    )
     rest = run([*words, "--trainer.max_epochs=2", "--trainer.callbacks+=SparseGradient", "--trainer.callbacks.weight=0.01",
                 "--ckpt_path", str(trained / "checkpoints/last.ckpt"), "--seed_everything=3"])  # fmt: skip
     assert rest.trainer.global_step == whole.trainer.global_step == 4
@@ -300,7 +302,10 @@ def mistake(words):
         ("--model.attack.threat.eps=8", "eps=8.0 is wider than the domain Box [0, 1]"),
         ("--data.batch_size=0", "batch_size must be an integer >= 1, got 0"),
         ("--model.backbone.neuron.surrogate=triangel", "unknown surrogate 'triangel'; choose one of atan"),
-        ("--trainer.callbacks+=SparseGradient --trainer.callbacks.weigth=1", "trainer.callbacks: SparseGradient has no"),
+        (
+            "--trainer.callbacks+=SparseGradient --trainer.callbacks.weigth=1",
+            "trainer.callbacks: SparseGradient has no",
+        ),
         ("-c nowhere.yaml", "nowhere.yaml'"),
         ("-c broken.yaml", "Problems parsing config: while parsing a flow mapping"),
         ("-c misspelt.yaml", "there is no option trainer.max_epoch; did you mean trainer.max_epochs?"),
@@ -330,7 +335,9 @@ def test_data_and_network_that_do_not_fit():
     assert mistake(["fit", *rasters]) == (
         "x of the first train batch has values that are not integers but its domain is Binary {0, 1}"
     )
-    assert "input_size must be a multiple of 16, got 8; pad the images" in mistake([*words, "--model.backbone.channels=[4,4,4,4]"])
+    assert "input_size must be a multiple of 16, got 8; pad the images" in mistake(
+        [*words, "--model.backbone.channels=[4,4,4,4]"]
+    )
     flips = mistake([*words, "--model.attack.threat=EventFlips", "--model.attack.threat.eps=2"])
     assert "domain" in flips or "integers" in flips
 
