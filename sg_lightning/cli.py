@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import filecmp
 import os
 import shutil
 import sys
@@ -233,10 +234,11 @@ def configs(args: Sequence[str]) -> None:
         if given.to is None:
             print("\n".join(map(str, found)))
             return
-        there = [str(path) for path in found if (given.to / path).exists()]
-        if there:
-            raise ValueError(f"{given.to} has {there[0]} already; give another folder, or delete it")
-        for path in found:
+        there = [path for path in found if (given.to / path).exists()]
+        changed = [path for path in there if not filecmp.cmp(source / path, given.to / path, shallow=False)]
+        if changed:
+            raise ValueError(f"{given.to / changed[0]} differs from the shipped one; give another folder, or delete it")
+        for path in {*found} - {*there}:
             (given.to / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / path, given.to / path)
     print(f"{len(found)} configs in {given.to}")

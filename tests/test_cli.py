@@ -146,8 +146,11 @@ def test_configs_are_copied_and_never_over_others(capsys):
     assert "method/sr.yaml" in capsys.readouterr().out
     main(["configs", "--to", "mine"])
     assert (Path("mine/data/digits.yaml")).read_text() == (CONFIGS / "data/digits.yaml").read_text()
-    with pytest.raises(SystemExit, match="already"):
+    main(["configs", "--to", "mine"])  # what is there and the same is no mistake
+    Path("mine/data/digits.yaml").write_text("data: mine\n")
+    with pytest.raises(SystemExit, match="differs"):
         main(["configs", "--to", "mine"])
+    assert Path("mine/data/digits.yaml").read_text() == "data: mine\n"
 
 
 def test_validate_test_and_predict_from_a_saved_run(trained, capsys):
