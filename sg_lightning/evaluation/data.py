@@ -96,6 +96,21 @@ class Source:
             yield batch[0], batch[1]
 
 
+def legal_domain(given: Domain | None, data: Any) -> Domain:
+    """Return the domain that was given, else that of the data, else [0, 1].
+
+    Raises:
+        ValueError: if the data are whole numbers and the given domain hides that: its perturbations would pass as feasible.
+    """
+    own = getattr(data, "domain", None)
+    if given is not None and own is not None and own.lattice is not None and given.lattice is None:
+        raise ValueError(
+            f"domain={given}, but the data live in {own}: leave domain out and name relaxed norms in the budgets "
+            "('relaxed_linf', ...), whose figures are marked infeasible"
+        )
+    return given or own or Domain()
+
+
 def check_samples(x: Input, y: Tensor, domain: Domain | None) -> None:
     """Raise ``ValueError`` with the cure on NaN, values outside the domain, or labels that do not fit."""
     if y.dim() != 1 or y.is_floating_point() or len(y) != batch_size(x):

@@ -14,7 +14,7 @@ from torch import nn
 from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite, with_substitutes
 from sg_lightning.domains import Domain
 from sg_lightning.evaluation.adversarial import Keep
-from sg_lightning.evaluation.data import Source, check_samples, to_device
+from sg_lightning.evaluation.data import Source, check_samples, legal_domain, to_device
 from sg_lightning.evaluation.progress import TqdmBar
 from sg_lightning.evaluation.result import RobustnessResult
 from sg_lightning.evaluation.session import Session, process
@@ -81,7 +81,7 @@ def evaluate(
             f"batch_size must be >= 1 and check_samples_count >= 0, got {batch_size}, {check_samples_count}"
         )
     source = Source(data, max_samples)
-    domain = domain or source.domain or Domain()
+    domain = legal_domain(domain, source)
     source.check(domain)
     budgets = budgets or source.budgets or {}
     resolved, left_out = load_suite(suite, budgets, domain).applicable(model)

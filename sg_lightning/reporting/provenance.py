@@ -15,6 +15,9 @@ UNITS = {
     "l2": "Euclidean length of the change",
     "l1": "sum of all changes",
     "flips": "events or spikes flipped",
+    "retime_inf": "largest shift of a spike, in steps",
+    "retime_1": "steps by which spikes are shifted, in all",
+    "retime_0": "spikes moved in time",
 }
 
 
@@ -24,7 +27,7 @@ def unit(results: Results, norm: str) -> str:
         for entry in result.suite.content["entries"]:
             if entry["threat"]["norm"] == norm and "unit" in entry["threat"]:
                 return f"{entry['threat']['unit']} changed"
-    return UNITS.get(norm, "")
+    return UNITS.get(norm.removeprefix("relaxed_"), "")
 
 
 def listed(words: Sequence[str]) -> str:
