@@ -4,15 +4,19 @@ from sg_lightning.attacks.adapters import Advertorch, Foolbox, PyAutoAttack, Tor
 from sg_lightning.attacks.apgd import APGD
 from sg_lightning.attacks.base import Attack, AttackResult
 from sg_lightning.attacks.estimators import ASSG, BPTR, BPTT, ENSEMBLES, HART, PDSG, RGA, Act, Estimator, Mix
+from sg_lightning.attacks.flips import GreedyFlips, SwapFlips, UniversalFlips
 from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, MultiTargeted, RandomNoise
 from sg_lightning.attacks.losses import LOSSES
 from sg_lightning.attacks.minimal import DDN, FMN, SigmaZero
 from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.registry import ATTACKS, ESTIMATORS, make_attack, make_estimator
+from sg_lightning.attacks.retiming import SpikeRetimingAttack
 from sg_lightning.attacks.sapgd import SAPGD
+from sg_lightning.attacks.sda import SDA
 from sg_lightning.attacks.sparse import PGD0, SPGD
 from sg_lightning.attacks.sparse_search import FlipSearch, SparseRS
 from sg_lightning.attacks.square import Square
+from sg_lightning.attacks.substitute import Substitute, with_substitutes
 from sg_lightning.attacks.suites import Entry, Suite, load_suite, read_suite, suite_names
 from sg_lightning.attacks.tuning import tune
 from sg_lightning.attacks.verification import Verdict, verify
@@ -36,6 +40,7 @@ __all__ = [
     "RFGSM",
     "RGA",
     "SAPGD",
+    "SDA",
     "SPGD",
     "Act",
     "Advertorch",
@@ -45,6 +50,7 @@ __all__ = [
     "Estimator",
     "FlipSearch",
     "Foolbox",
+    "GreedyFlips",
     "Mix",
     "MultiTargeted",
     "Oracle",
@@ -52,9 +58,13 @@ __all__ = [
     "RandomNoise",
     "SigmaZero",
     "SparseRS",
+    "SpikeRetimingAttack",
     "Square",
+    "Substitute",
     "Suite",
+    "SwapFlips",
     "Torchattacks",
+    "UniversalFlips",
     "Verdict",
     "load_suite",
     "make_attack",
@@ -63,4 +73,5 @@ __all__ = [
     "suite_names",
     "tune",
     "verify",
+    "with_substitutes",
 ]

@@ -80,7 +80,7 @@ class RFGSM(FGSM):
         super().__post_init__()
         if not isinstance(self.threat, Linf):
             raise TypeError(f"R-FGSM is defined for L-infinity only, got {self.threat!r}; use PGD under other threats")
-        if self.alpha is not None and not 0 < parse_eps(self.alpha, "alpha") < self.threat.budget:
+        if self.alpha is not None and not 0 < parse_eps(self.alpha, "alpha", shares=False) < self.threat.budget:
             raise ValueError(f"alpha must lie between 0 and eps={self.threat.eps}, got {self.alpha!r}")
 
     @property
@@ -135,7 +135,7 @@ class PGD(Attack):
         get_loss(self.loss)
         whole_number("steps", self.steps, 1)
         whole_number("restarts", self.restarts, 1)
-        if self.step_size is not None and parse_eps(self.step_size, "step_size") == 0:
+        if self.step_size is not None and parse_eps(self.step_size, "step_size", shares=False) == 0:
             raise ValueError("step_size must be above 0; leave it out for the default 2.5 eps / steps")
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")

@@ -43,7 +43,8 @@ class Smallest(Progress):
         """Keep what is misclassified and smaller than what is held; a sample of size 0 is done."""
         searched = self._spend(index, iteration, queries, found)
         size = self.threat.size(x_adv, select(self.x, index)).double()
-        better = searched & wrong & (size < self.size[index])
+        # Points on the surface of one ball have the same size: rounding must not choose between them.
+        better = searched & wrong & (size < self.size[index] * (1 - 1e-9))
         kept = index[better]
         assign(self.x_adv, kept, select(x_adv, better))
         self.size[kept] = size[better]
@@ -88,8 +89,8 @@ class MinimalNorm(Attack):
         return f"{self.kind}-{self.steps}"
 
     @property
-    def _ball(self) -> SingleThreat:
-        return cast("SingleThreat", self.threat)
+    def _ball(self) -> Linf | L2 | L1 | L0:
+        return cast("Linf | L2 | L1 | L0", self.threat)
 
     def _progress(self, x: Input, goal: Goal) -> Progress:
         if goal == "loss":
@@ -254,7 +255,7 @@ class FMN(MinimalNorm):
 
     def _to_boundary(self, at: Samples) -> Tensor:
         """Return how far (B,) the margin's linearisation says the boundary is: margin over the dual norm of its slope."""
-        order = {"linf": 1, "l2": 2, "l1": math.inf}[self._ball.norm]
+        order = next(dual for kind, dual in ((Linf, 1), (L2, 2), (L1, math.inf)) if isinstance(self._ball, kind))
         slope = torch.linalg.vector_norm(at.gradient.double().flatten(1), ord=order, dim=1)
         return at.loss.abs() / slope.clamp_min(torch.finfo(slope.dtype).tiny)
 

@@ -10,9 +10,12 @@ from sg_lightning.attacks.adapters import Advertorch, Foolbox, PyAutoAttack, Tor
 from sg_lightning.attacks.apgd import APGD
 from sg_lightning.attacks.base import Attack
 from sg_lightning.attacks.estimators import ASSG, BPTR, BPTT, HART, PDSG, RGA, Act, Estimator, Mix
+from sg_lightning.attacks.flips import GreedyFlips, SwapFlips, UniversalFlips
 from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, MultiTargeted, RandomNoise
 from sg_lightning.attacks.minimal import DDN, FMN, SigmaZero
+from sg_lightning.attacks.retiming import SpikeRetimingAttack
 from sg_lightning.attacks.sapgd import SAPGD
+from sg_lightning.attacks.sda import SDA
 from sg_lightning.attacks.sparse import PGD0, SPGD
 from sg_lightning.attacks.sparse_search import FlipSearch, SparseRS
 from sg_lightning.attacks.square import Square
@@ -21,6 +24,7 @@ from sg_lightning.threats import Threat
 
 _CLASSES: tuple[type[Attack], ...] = (
     FGSM, RFGSM, PGD, MultiTargeted, APGD, SAPGD, PGD0, SPGD, SigmaZero, DDN, FMN,
+    GreedyFlips, SwapFlips, SDA, UniversalFlips, SpikeRetimingAttack,
     Square, SparseRS, FlipSearch, RandomNoise,
     Advertorch, Torchattacks, Foolbox, PyAutoAttack,
 )  # fmt: skip

@@ -13,6 +13,7 @@ from sg_lightning.attacks.random_search import SCHEDULE, RandomSearch, draw, who
 from sg_lightning.attacks.search import Samples
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import L0, EventFlips
+from sg_lightning.threats.geometry import top_k
 
 _PASSED = (0, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
 _DIVISORS = (1, 2, 4, 5, 6, 8, 10, 12, 15, 20)
@@ -29,9 +30,10 @@ class _SparseSearch(RandomSearch):
         if not 0 < self.alpha <= 1:
             raise ValueError(f"alpha must be in (0, 1], got {self.alpha!r}")
 
-    def _changed(self, query: int, changes: int) -> int:
+    def _share(self, query: int) -> float:
+        """Return the share of the changes that this query replaces; at least one is."""
         time = int(query / self.queries * SCHEDULE)
-        return max(int(self.alpha / _DIVISORS[bisect_left(_PASSED, time)] * changes), 1)
+        return self.alpha / _DIVISORS[bisect_left(_PASSED, time)]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class SparseRS(_SparseSearch):
 
     def _propose(self, at: Samples, query: int, noise: SampleGenerator) -> dict[str, Tensor]:
         free = at.outside.shape[1]
-        changed = min(self._changed(query, self.threat.count), free or self.threat.count)
+        changed = min(max(int(self._share(query) * self.threat.count), 1), free or self.threat.count)
         leave = draw(noise.fork("leave"), at.x, self.threat.count).topk(changed).indices
         old, point = at.inside.gather(1, leave), self.threat.pixels(at.point)
         found = {}
@@ -137,16 +139,22 @@ class FlipSearch(_SparseSearch):
         flat = at.x.flatten(1).double()
         at.addable = (self.threat.allowed(torch.ones_like(flat), at.x) >= 1).double().cumsum(1)
         at.deletable = self.threat.allowed(-torch.ones_like(flat), at.x).floor().cumsum(1)
-        return self._with(at, *self._moves(at, noise, self.threat.count))
+        at.limit = self.threat.limits(at.x).unsqueeze(1)
+        return self._with(at, *self._moves(at, noise, int(at.limit.max())))
 
     def _propose(self, at: Samples, query: int, noise: SampleGenerator) -> dict[str, Tensor]:
-        changed = self._changed(query, self.threat.count)
-        replaced = draw(noise.fork("replaced"), at.x, self.threat.count).topk(changed).indices
-        cells, steps = self._moves(at, noise, changed)
-        return self._with(at, at.cells.scatter(1, replaced, cells), at.steps.scatter(1, replaced, steps))
+        changed = (self._share(query) * at.limit).floor().clamp_min(1)
+        lottery = (draw(noise.fork("replaced"), at.x, at.cells.shape[1]) + 1.0) * self._own(at, at.cells)
+        replaced = top_k(lottery, changed).bool()
+        cells, steps = self._moves(at, noise, at.cells.shape[1])
+        return self._with(at, torch.where(replaced, cells, at.cells), torch.where(replaced, steps, at.steps))
+
+    def _own(self, at: Samples, slots: Tensor) -> Tensor:
+        """Tell which of the changes (B, count) are within the budget of their sample, which may be a share."""
+        return torch.arange(slots.shape[1], device=slots.device) < at.limit
 
     def _moves(self, at: Samples, noise: SampleGenerator, count: int) -> tuple[Tensor, Tensor]:
-        """Draw changes (B, count): the cell of each, and +1 or -1 (0 where nothing may change)."""
+        """Draw changes (B, count): the cell of each, and +1 or -1 (0 where nothing may change or the budget ends)."""
         adds, deletes = at.addable[:, -1:], at.deletable[:, -1:]
         coin = draw(noise.fork("coin"), at.x, count) < 0.5
         adding = (coin & (adds > 0)) | (deletes == 0)
@@ -154,8 +162,8 @@ class FlipSearch(_SparseSearch):
         added = torch.searchsorted(at.addable, which * adds, right=True)
         deleted = torch.searchsorted(at.deletable, which * deletes, right=True)
         cells = torch.where(adding, added, deleted).clamp_max(at.addable.shape[1] - 1)
-        steps = torch.where(adding, 1.0, -1.0).to(at.x.dtype) * ((adds > 0) | (deletes > 0))
-        return cells, steps
+        able = ((adds > 0) | (deletes > 0)) & self._own(at, cells)
+        return cells, torch.where(adding, 1.0, -1.0).to(at.x.dtype) * able
 
     def _with(self, at: Samples, cells: Tensor, steps: Tensor) -> dict[str, Tensor]:
         moved = at.x.flatten(1).scatter_add(1, cells, steps).view(at.x.shape)

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 from sg_lightning.evaluation import RobustnessResult
 from sg_lightning.evaluation.statistics import share_of
+from sg_lightning.threats import is_relaxed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,7 +107,8 @@ def table_rows(result: RobustnessResult) -> list[list[Any]]:
         for name, attack in zip(entry.names, entry.attacks, strict=True):
             share = result.after(entry.norm, entry.eps, name)
             rows.append([
-                entry.norm, entry.eps, attack["attack"], attack.get("steps"), attack.get("restarts"), n, seed, *share,
+                f"{entry.norm} (infeasible)" if is_relaxed(entry.norm) else entry.norm, entry.eps,
+                attack["attack"], attack.get("steps"), attack.get("restarts"), n, seed, *share,
             ])  # fmt: skip
     return rows
 

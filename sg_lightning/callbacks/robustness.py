@@ -16,7 +16,7 @@ from sg_lightning.callbacks.progress import bar_beside
 from sg_lightning.domains import Domain
 from sg_lightning.evaluation import RobustnessResult
 from sg_lightning.evaluation.adversarial import Keep, check_keep
-from sg_lightning.evaluation.data import check_samples
+from sg_lightning.evaluation.data import check_samples, legal_domain
 from sg_lightning.evaluation.session import Session
 from sg_lightning.inputs import batch_size, select
 from sg_lightning.modules.checks import refuse_sharding
@@ -107,7 +107,7 @@ class RobustnessEvaluation(Callback):
 
     def _resolve(self, trainer: Trainer) -> Suite:
         data = getattr(trainer, "datamodule", None)
-        self._legal = self.domain or getattr(data, "domain", None) or Domain()
+        self._legal = legal_domain(self.domain, data)
         return load_suite(self.suite, self.budgets or getattr(data, "budgets", None) or {}, self._legal)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:

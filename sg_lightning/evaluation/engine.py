@@ -17,13 +17,13 @@ from sg_lightning._version import __version__
 from sg_lightning.attacks import Attack, AttackResult, Oracle, RandomNoise, Suite, verify
 from sg_lightning.attacks.base import check_batch
 from sg_lightning.evaluation.adversarial import AdversarialStore
-from sg_lightning.evaluation.data import fingerprint_model, fingerprint_samples
 from sg_lightning.evaluation.progress import Watch
 from sg_lightning.evaluation.result import RobustnessResult
 from sg_lightning.evaluation.rows import Phase, Row, Status
+from sg_lightning.fingerprint import fingerprint_model, fingerprint_samples
 from sg_lightning.inputs import Input, detached, select
 from sg_lightning.sampling import SampleGenerator
-from sg_lightning.threats import Threat
+from sg_lightning.threats import L0, L1, L2, EventFlips, Linf, Threat
 
 EXAMPLES_PER_NORM = 4
 CLEAN = "clean"
@@ -118,9 +118,8 @@ class RobustnessRun:
             if entry.headline:
                 attacks = [*entry.attacks, RandomNoise(entry.threat)]
                 huge = overwhelming(entry.threat, batch.x)
-                climbing = [a for a in entry.attacks if not (a.gradient_free or a.minimal)]
-                if huge is not None and climbing:
-                    attacks.append(climbing[-1].with_threat(huge))
+                if huge is not None and entry.strongest is not None:
+                    attacks.append(entry.strongest.with_threat(huge))
                 for attack in attacks:
                     rows += self._attack(attack, batch, batch.clean, "check")[1]
         return rows
@@ -146,7 +145,7 @@ class RobustnessRun:
         sizes = threat.size(found.x_adv, part.x)
         # An example outside its threat is a fault of the attack: it never counts as success, nor as robustness. But the
         # smallest example of a sample may well be larger than eps.
-        invalid = found.invalid | ~(verdict.inside | (attack.minimal & (sizes > threat.budget)))
+        invalid = found.invalid | ~(verdict.inside | (attack.minimal & (sizes > threat.limits(part.x))))
         fell[index] = broken | invalid
         for k, position in enumerate(index.tolist()):
             status: Status = "invalid" if invalid[k] else "broken" if broken[k] else "survived"
@@ -251,26 +250,18 @@ class _Batch:
 def overwhelming(threat: Threat, x: Input) -> Threat | None:
     """Return a threat of the same norm under which no network can be right: half the domain for every value.
 
-    ``None`` where that has no meaning (joint threats, open counts).
+    ``None`` where that has no meaning: joint threats, open counts, and events that may only be added, deleted or moved.
     """
-    if isinstance(x, dict) or threat.norm == "joint":
+    domain, values = threat.domain, 0 if isinstance(x, dict) else x[0].numel()
+    if isinstance(x, dict) or domain.width == float("inf") or getattr(threat, "mode", "flip") != "flip":
         return None
-    domain = getattr(threat, "domain", None)
-    if domain is None or domain.width == float("inf"):
-        return None
-    values = x[0].numel()
-    width = domain.width
-    positions = (
-        threat.size(torch.where(x < (domain.low + domain.high) / 2, domain.high, domain.low), x)[0]
-        if threat.discrete
-        else 0
-    )
-    eps = {
-        "linf": width / 2,
-        "l2": width / 2 * values**0.5,
-        "l1": width / 2 * values,
-    }.get(threat.norm, float(int(positions)))
-    return threat.with_eps(eps)
+    if isinstance(threat, L0 | EventFlips):
+        opposite = torch.where(x < (domain.low + domain.high) / 2, domain.high, domain.low)
+        return threat.with_eps(float(int(threat.size(opposite, x)[0])))
+    for norm, unit in ((Linf, 1.0), (L2, values**0.5), (L1, values)):
+        if isinstance(threat, norm):
+            return threat.with_eps(domain.width / 2 * unit)
+    return None
 
 
 def spread_ids(samples: int, wanted: int) -> frozenset[int]:

@@ -19,20 +19,31 @@ from sg_lightning.attacks import Suite
 from sg_lightning.evaluation.checks import Check, Tried, run_checks
 from sg_lightning.evaluation.rows import EXAMPLES, Row, read_rows, to_csv, write_atomically, write_examples
 from sg_lightning.evaluation.statistics import Share, paired_difference, share_of, wilson
-from sg_lightning.threats import parse_eps
+from sg_lightning.threats import is_relaxed
+from sg_lightning.threats.base import metric_key, parse_eps
 
 Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was tried under one norm and budget: name (as in the rows) and settings of each attack, cheap to dear."""
+    """What was tried under one norm and budget, cheap to dear.
+
+    Attributes:
+        norm: Norm of the threat.
+        eps: Budget as written.
+        names: Name of each attack, as in the rows.
+        attacks: Settings of each attack.
+        headline: Whether the figure enters the union.
+        gradient_free: Whether each attack did without gradients of the model (black box).
+    """
 
     norm: str
     eps: str
     names: tuple[str, ...]
     attacks: tuple[dict[str, Any], ...]
     headline: bool
+    gradient_free: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,8 @@ class SuiteRecord:
     Attributes:
         name: Name or file stem.
         hash: First 12 hex digits of the SHA-256 of its content.
-        content: As :meth:`~sg_lightning.attacks.Suite.describe` gives it, and the names of the attacks.
+        content: As :meth:`~sg_lightning.attacks.Suite.describe` gives it, the names of the attacks, and
+            which of them took no gradients.
     """
 
     name: str
@@ -55,6 +67,7 @@ class SuiteRecord:
         content = suite.describe()
         for item, entry in zip(content["entries"], suite.entries, strict=True):
             item["names"] = [attack.name for attack in entry.attacks]
+            item["gradient_free"] = [attack.gradient_free for attack in entry.attacks]
         return cls(suite.name, suite.hash, content)
 
     @cached_property
@@ -67,6 +80,7 @@ class SuiteRecord:
                 tuple(item["names"]),
                 tuple(item["attacks"]),
                 item["headline"],
+                tuple(item.get("gradient_free", [False] * len(item["names"]))),  # results of 0.1 do not say
             )
             for item in self.content["entries"]
         )
@@ -107,10 +121,10 @@ class RobustnessResult:
                 fell = self._fell.setdefault(key, np.zeros(len(self.ids), dtype=bool))
                 fell[self._position[row.id]] |= row.status in ("broken", "invalid")
         tried = [
-            Tried(entry.norm, entry.eps, name, settings)
+            Tried(entry.norm, entry.eps, name, settings, free)
             for entry in self.suite.entries
             if entry.headline
-            for name, settings in zip(entry.names, entry.attacks, strict=True)
+            for name, settings, free in zip(entry.names, entry.attacks, entry.gradient_free, strict=True)
         ]
         self.checks: list[Check] = run_checks(self.rows, tried, meta)
 
@@ -120,6 +134,11 @@ class RobustnessResult:
     def norms(self) -> list[str]:
         """The norms, in the order of the suite."""
         return list(dict.fromkeys(entry.norm for entry in self.suite.entries))
+
+    @property
+    def counted_norms(self) -> list[str]:
+        """The norms that enter minimum and union: not relaxed ones, which are infeasible, unless there are no others."""
+        return [norm for norm in self.norms if not is_relaxed(norm)] or self.norms
 
     def budgets(self, norm: str) -> tuple[str, ...]:
         """Return the budgets of a norm as written, ascending."""
@@ -213,11 +232,11 @@ class RobustnessResult:
         return float("nan") if fell is None else float((self.clean_correct & ~fell).mean())
 
     def union_robust(self) -> Mask:
-        """Tell per sample (N,) whether it survives every norm's headline budget."""
-        return np.logical_and.reduce([self.robust(norm) for norm in self.norms])
+        """Tell per sample (N,) whether it survives the headline budget of every norm in :attr:`counted_norms`."""
+        return np.logical_and.reduce([self.robust(norm) for norm in self.counted_norms])
 
     def union(self) -> float:
-        """Return the share of samples that survive every norm's headline budget."""
+        """Return the share of samples that survive the headline budget of every norm in :attr:`counted_norms`."""
         return float(self.union_robust().mean())
 
     def curve(self, norm: str) -> list[tuple[float, float, float, float]]:
@@ -247,10 +266,10 @@ class RobustnessResult:
     def metrics(self) -> dict[str, float]:
         """Return every figure under a stable name, e.g. ``robust/linf_8_255/acc``, for loggers."""
         found = {"robust/clean/acc": self.clean, "robust/union/acc": self.union()}
-        found["robust/min/acc"] = min(self.accuracy(norm) for norm in self.norms)
+        found["robust/min/acc"] = min(self.accuracy(norm) for norm in self.counted_norms)
         for entry in self.suite.entries:
             norm, eps = entry.norm, entry.eps
-            key = f"robust/{norm}_{''.join(c if c.isalnum() or c in '-_' else '_' for c in eps.replace('.', 'p'))}"
+            key = f"robust/{metric_key(norm, eps)}"
             found[f"{key}/acc"] = self.accuracy(norm, eps)
             control = self.random_accuracy(norm, eps)
             if not math.isnan(control):
@@ -260,22 +279,25 @@ class RobustnessResult:
 
     def table(self) -> str:
         """Render a table for the terminal; figures tainted by a check carry a mark."""
-        lines = [f"{'':<14}{'accuracy':>9}  {'95 % interval':<15}{'random':>7}"]
+        width = max(14, *(len(f"{entry.norm} {entry.eps} ") for entry in self.suite.entries))
+        lines = [f"{'':<{width}}{'accuracy':>9}  {'95 % interval':<15}{'random':>7}"]
         low, high = wilson(int(self.clean_correct.sum()), len(self.ids))
-        lines.append(f"{'clean':<14}{self.clean:>9.1%}  [{low:5.1%}, {high:5.1%}]")
+        lines.append(f"{'clean':<{width}}{self.clean:>9.1%}  [{low:5.1%}, {high:5.1%}]")
         for norm in self.norms:
             bad = [c.status for c in self.checks if c.norm in ("", norm) and c.status != "pass"]
             mark = " !" if "fail" in bad else " ?" if bad else ""
+            mark += "  relaxed (infeasible)" if is_relaxed(norm) else ""
             for eps in self.budgets(norm):
                 low, high = self.interval(norm, eps)
                 control = self.random_accuracy(norm, eps)
                 shown = f"{control:>7.1%}" if not math.isnan(control) else " " * 7
                 head = " *" if eps == self.headline(norm) else ""
                 lines.append(
-                    f"{norm + ' ' + eps:<14}{self.accuracy(norm, eps):>9.1%}  [{low:5.1%}, {high:5.1%}] {shown}{head}{mark}"
+                    f"{norm + ' ' + eps:<{width}}{self.accuracy(norm, eps):>9.1%}  [{low:5.1%}, {high:5.1%}] {shown}{head}{mark}"
                 )
         low, high = wilson(int(self.union_robust().sum()), len(self.ids))
-        lines.append(f"{'union':<14}{self.union():>9.1%}  [{low:5.1%}, {high:5.1%}]   over the headline budgets (*)")
+        over = "over the headline budgets (*)" + (", relaxed ones left out" if self.counted_norms != self.norms else "")
+        lines.append(f"{'union':<{width}}{self.union():>9.1%}  [{low:5.1%}, {high:5.1%}]   {over}")
         for check in self.checks:
             if check.status != "pass":
                 lines.append(

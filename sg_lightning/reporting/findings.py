@@ -122,7 +122,8 @@ def _union(results: Results) -> Finding:
     first = order[0]
     best = shares[first]
     assert best is not None
-    all_norms = ", ".join(norm_label(norm) for norm in summary.norms(results))
+    counted = dict.fromkeys(norm for result in results.values() for norm in result.counted_norms)
+    all_norms = ", ".join(norm_label(norm) for norm in counted)
     sentences = [
         (
             f"An attacker who may choose among {all_norms} for every sample leaves {first} right on "

@@ -17,6 +17,7 @@ from sg_lightning.reporting import effort, provenance, summary
 from sg_lightning.reporting.findings import Finding
 from sg_lightning.reporting.style import DPI, norm_label, percent, points
 from sg_lightning.reporting.summary import Column, Results
+from sg_lightning.threats import is_relaxed
 
 MARKS = {"warn": ("!", "warning"), "fail": ("✕", "failed"), "pass": ("✓", "passed")}
 
@@ -123,6 +124,11 @@ def _accuracies(results: Results) -> str:
         + ("The best of each column is bold. " if len(results) > 1 else "")
         + "Weakest norm: the lowest of the norms. Union: right under every norm at once, sample by sample."
     )
+    if any(is_relaxed(column.key) for column in norms):
+        legend += (
+            " Relaxed (infeasible): values between whole events, which no sensor can produce; a diagnostic that enters "
+            "neither weakest norm nor union."
+        )
     used = {status for status in marks.values() if status != "pass"}
     for status in sorted(used):
         legend += f" {MARKS[status][0]} an honesty check {'failed' if status == 'fail' else 'warned'} for this figure."

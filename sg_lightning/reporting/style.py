@@ -27,7 +27,12 @@ DPI = 150
 # for the baseline. Markers repeat the distinction for black-and-white print.
 COLOURS = ("#4a5361", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a4fa3")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-NORM_LABELS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0", "flips": "flips", "clean": "clean"}
+NORM_LABELS = {
+    "linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0", "flips": "flips", "clean": "clean",
+    "retime_inf": "retiming B∞", "retime_1": "retiming B1", "retime_0": "retiming B0",
+    "relaxed_linf": "L∞, relaxed (infeasible)", "relaxed_l2": "L2, relaxed (infeasible)",
+    "relaxed_l1": "L1, relaxed (infeasible)",
+}  # fmt: skip
 
 
 class Look(NamedTuple):

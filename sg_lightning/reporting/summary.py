@@ -111,7 +111,7 @@ def right(result: RobustnessResult, key: str) -> np.ndarray | None:
 
 def weakest(result: RobustnessResult) -> str:
     """Return the norm with the lowest accuracy at its headline budget."""
-    return min(result.norms, key=result.accuracy)
+    return min(result.counted_norms, key=result.accuracy)
 
 
 def cell(result: RobustnessResult, key: str) -> Share | None:
@@ -152,7 +152,7 @@ def difference(old: RobustnessResult, new: RobustnessResult, key: str) -> Share 
 
 def worst_status(result: RobustnessResult, key: str) -> str:
     """Return the worst honesty check that concerns a column: ``"pass"``, ``"warn"`` or ``"fail"``."""
-    about = {"min": {weakest(result)}, "union": set(result.norms), "clean": set()}.get(key, {key})
+    about = {"min": {weakest(result)}, "union": set(result.counted_norms), "clean": set()}.get(key, {key})
     found = [c.status for c in result.checks if key != "clean" and (c.norm in about or not c.norm)]
     return max(found, key=SEVERITY.__getitem__, default="pass")
 

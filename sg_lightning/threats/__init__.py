@@ -4,6 +4,8 @@ from sg_lightning.threats.base import SingleThreat, Threat, parse_eps
 from sg_lightning.threats.budget import THREATS, Budget, Budgets, make_threat
 from sg_lightning.threats.joint import Joint
 from sg_lightning.threats.norms import L1, L2, Linf
+from sg_lightning.threats.relaxed import RelaxedL1, RelaxedL2, RelaxedLinf, is_relaxed
+from sg_lightning.threats.retiming import SpikeRetiming
 from sg_lightning.threats.sparse import L0, EventFlips
 
 __all__ = [
@@ -16,8 +18,13 @@ __all__ = [
     "EventFlips",
     "Joint",
     "Linf",
+    "RelaxedL1",
+    "RelaxedL2",
+    "RelaxedLinf",
     "SingleThreat",
+    "SpikeRetiming",
     "Threat",
+    "is_relaxed",
     "make_threat",
     "parse_eps",
 ]

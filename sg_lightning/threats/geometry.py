@@ -37,6 +37,7 @@ def fill_l2(weight: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
 def project_l1(magnitude: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
     """Return ``d_i = min((magnitude_i - lam)+, room_i)`` with the lam that gives ``|d|_1 = eps``, or less if it fits.
 
+    ``eps`` is one for all or (B, 1).
     The sum is piecewise linear and falling in lam with knots at ``magnitude`` and ``magnitude - room``; the first knot
     (from above) where it reaches eps ends a segment that rises, so flat segments (binary inputs, integer eps) are safe.
     """
@@ -54,8 +55,8 @@ def project_l1(magnitude: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
     return found * (eps / found.sum(1, keepdim=True).clamp_min(1e-300)).clamp_max(1.0)
 
 
-def fill_l1(gain: Tensor, room: Tensor, eps: float) -> Tensor:
-    """Spend eps on the coordinates of highest gain first, each up to its room (fractional knapsack)."""
+def fill_l1(gain: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
+    """Spend eps, one for all or (B, 1), on the coordinates of highest gain first, each up to its room (fractional knapsack)."""
     room = torch.where(gain > 0, room, 0.0).clamp_max(eps)
     order = gain.argsort(dim=1, descending=True, stable=True)
     ordered = room.gather(1, order)
@@ -64,7 +65,7 @@ def fill_l1(gain: Tensor, room: Tensor, eps: float) -> Tensor:
 
 
 def top_k(score: Tensor, k: int | Tensor) -> Tensor:
-    """Return a 0/1 mask (B, n) of the k highest positive scores; ties go to the lower index."""
+    """Return a 0/1 mask (B, n) of the k (one for all or (B, 1)) highest positive scores; ties go to the lower index."""
     order = score.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(score.shape[1], device=score.device).expand_as(order)
     return (places < k).to(score.dtype).gather(1, order.argsort(dim=1)) * (score > 0)

@@ -30,8 +30,9 @@ class Joint(Threat):
     norm: ClassVar[str] = "joint"
     threats: tuple[tuple[str, Threat], ...] = ()
 
-    def __init__(self, threats: Mapping[str, Threat]) -> None:
+    def __init__(self, threats: Mapping[str, Threat] | tuple[tuple[str, Threat], ...]) -> None:
         super().__init__(eps=1)
+        threats = dict(threats)
         if not threats:
             raise ValueError("Joint needs at least one modality, e.g. Joint({'image': Linf('8/255')})")
         for name, threat in threats.items():
@@ -39,11 +40,14 @@ class Joint(Threat):
                 raise TypeError(f"Joint needs a threat for {name!r}, got {threat!r}")
         object.__setattr__(self, "threats", tuple(threats.items()))
         object.__setattr__(self, "discrete", any(threat.discrete for threat in threats.values()))
+        if any(threat.relaxed for threat in threats.values()):
+            object.__setattr__(self, "relaxed", True)
+            object.__setattr__(self, "norm", "relaxed_joint")
 
     @property
     def key(self) -> str:
         """Metric-safe name built from those of the modalities."""
-        return "joint_" + "_".join(f"{name}_{threat.key}" for name, threat in self.threats)
+        return f"{self.norm}_" + "_".join(f"{name}_{threat.key}" for name, threat in self.threats)
 
     def check(self, x: Input) -> None:
         """Check the budget of every modality."""
@@ -91,7 +95,8 @@ class Joint(Threat):
         shares = []
         for name, threat in self.threats:
             size = threat.size(parts[name], clean[name])
-            shares.append(size / threat.budget if threat.budget else torch.where(size > 0, torch.inf, 0.0))
+            limit = threat.limits(clean[name])
+            shares.append(torch.where(limit > 0, size / limit, torch.where(size > 0, torch.inf, 0.0)))
         return torch.stack(shares).amax(0)
 
     def contains(self, x_adv: Input, x: Input) -> Tensor:

@@ -25,18 +25,23 @@ class _Ball(SingleThreat):
         if self.domain.lattice is not None:
             raise ValueError(
                 f"{type(self).__name__} moves values by any amount, but the domain {self.domain} has integers only: use "
-                "EventFlips or L0, or domain=Box(...) for a relaxed attack, whose perturbations are not physical"
+                f"EventFlips, SpikeRetiming or L0; Relaxed{type(self).__name__} (norm 'relaxed_{self.norm}') measures it "
+                "with values that no sensor can produce, and says so"
             )
 
     def check(self, x: Tensor) -> None:  # type: ignore[override]
         """Raise ``ValueError`` if no two points of the domain are that far apart."""
         values = x[0].numel()
-        largest = self.domain.width * {"linf": 1.0, "l2": values**0.5, "l1": values}[self.norm]
+        largest = self.domain.width * self._diameter(values)
         if self.budget > largest:
             raise ValueError(
                 f"eps={self.eps} of {type(self).__name__} is larger than the domain: inputs of {values} values in "
                 f"{self.domain} are at most {largest:.4g} apart; write eps in input units"
             )
+
+    @abstractmethod
+    def _diameter(self, values: int) -> float:
+        """Return the distance between opposite corners of a unit cube of so many values."""
 
     @abstractmethod
     def _shrink(self, magnitude: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
@@ -51,7 +56,7 @@ class _Ball(SingleThreat):
         """Draw a float64 (B, n) change on the surface of the ball, uniform on it (L-infinity: in the cube)."""
 
     def project(self, x_adv: Tensor, x: Tensor, eps: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Return the nearest point in ball and box; exact, by sorting."""
+        """Return the nearest point in ball and box; exact, by sorting. ``eps`` (B,): a budget for each sample."""
         radius = self.budget if eps is None else eps.double().unsqueeze(1)
         change = (x_adv.double() - x.double()).flatten(1)
         room = torch.minimum(self._room(x, change), change.abs())
@@ -70,7 +75,7 @@ class _Ball(SingleThreat):
     def random_start(self, x: Tensor, generator: SampleGenerator) -> Tensor:  # type: ignore[override]
         """Return a point uniform in the ball, clipped to the domain."""
         change = self._direction(x, generator)
-        if self.norm != "linf":  # the radius of a uniform point in an n-ball
+        if not isinstance(self, Linf):  # the radius of a uniform point in an n-ball
             radius = generator.fork("radius").uniform(change[:, :1]) ** (1.0 / change.shape[1])
             change = change * radius
         return add_towards_zero(x, change.sign() * torch.minimum(change.abs(), self._room(x, change)))
@@ -102,6 +107,9 @@ class Linf(_Ball):
             raise ValueError(
                 f"eps={self.eps} is wider than the domain {self.domain}: write eps in input units, e.g. '8/255' for images"
             )
+
+    def _diameter(self, values: int) -> float:
+        return 1.0
 
     def _shrink(self, magnitude: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
         return room.clamp_max(eps)
@@ -137,6 +145,9 @@ class L2(_Ball):
     def default_step(self, steps: int, done: int = 0) -> float:
         """Return a step that falls linearly from eps: walls bend the path, so a constant short step would not arrive."""
         return self.budget * (1 - done / steps)
+
+    def _diameter(self, values: int) -> float:
+        return values**0.5
 
     def _shrink(self, magnitude: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
         return fill_l2(magnitude, room, eps)
@@ -179,6 +190,9 @@ class L1(_Ball):
     def default_step(self, steps: int, done: int = 0) -> float:
         """Return a step that falls linearly from 4 eps: the projection takes back most of a step along a dense gradient."""
         return 4 * self.budget * (1 - done / steps)
+
+    def _diameter(self, values: int) -> float:
+        return values
 
     def _shrink(self, magnitude: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
         return project_l1(magnitude, room, eps)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sg_lightning.domains import Binary, Domain
 from sg_lightning.sampling import SampleGenerator
-from sg_lightning.threats.base import SingleThreat
+from sg_lightning.threats.base import SingleThreat, is_share
 from sg_lightning.threats.geometry import add_towards_zero, fill_l1, project_l1, top_k
 
 Mode = Literal["flip", "add", "delete"]
@@ -25,12 +25,12 @@ class _Counting(SingleThreat):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget != round(self.budget):
+        if not is_share(self.eps) and self.budget != round(self.budget):
             raise ValueError(f"{type(self).__name__} counts: eps must be a whole number, got {self.eps!r}")
 
     @property
     def count(self) -> int:
-        """The budget as an int."""
+        """The budget as an int, unless it is a share: then see :meth:`limits`."""
         return round(self.budget)
 
     def steepest_step(self, x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float) -> Tensor:  # type: ignore[override]
@@ -107,7 +107,7 @@ class L0(_Counting):
         return self.per_value(top_k(pixels, self.count if count is None else count), shape)
 
     def project(self, x_adv: Tensor, x: Tensor, eps: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """Keep the pixels whose undoing would cost most distance, clipped to the domain."""
+        """Keep the pixels whose undoing would cost most distance, clipped to the domain; ``eps`` (B,): one per sample."""
         change = (x_adv.double() - x.double()).flatten(1)
         clipped = change.sign() * torch.minimum(change.abs(), self._room(x, change))
         if self.domain.lattice is not None:
@@ -160,7 +160,7 @@ class EventFlips(_Counting):
     one cell cost two; nothing is clamped to 1.
 
     Args:
-        eps: How many events, a whole number.
+        eps: How many events: a whole number, or a share of the sample's own events such as ``"2%"``, rounded down.
         domain: ``Binary()`` or ``Counts()``.
         mode: ``"flip"`` (both), ``"add"`` or ``"delete"`` only.
 
@@ -171,6 +171,7 @@ class EventFlips(_Counting):
     domain: Domain = Binary()  # noqa: RUF009 - frozen
     mode: Mode = "flip"
     norm: ClassVar[str] = "flips"
+    shares: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,12 +191,20 @@ class EventFlips(_Counting):
             room = torch.where(direction < 0, room, 0.0)
         return room
 
+    def growing(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Tell which single events may come on top of ``x_adv`` whatever the budget, bool (B, 2 n): added, then deleted."""
+        flat = x.double().flatten(1)
+        change = x_adv.double().flatten(1) - flat
+        up, down = (self.allowed(direction, x) for direction in (torch.ones_like(flat), -torch.ones_like(flat)))
+        return torch.cat([(change >= 0) & (change < up), (change <= 0) & (-change < down)], dim=1)
+
     def project(self, x_adv: Tensor, x: Tensor, eps: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Keep the eps single events whose undoing would cost most distance.
 
-        The real-valued L1 projection rounded by largest remainders, which is optimal for whole events.
+        The real-valued L1 projection rounded by largest remainders, which is optimal for whole events. ``eps`` (B,): a
+        budget for each sample.
         """
-        events = self.budget if eps is None else eps.double().unsqueeze(1)
+        events = (self.limits(x) if eps is None else eps.double()).unsqueeze(1)
         change = (x_adv.double() - x.double()).flatten(1)
         # A cell that rounds to no event has none to give.
         room = torch.minimum(self.allowed(change, x), change.abs().add(0.5).floor())
@@ -211,7 +220,7 @@ class EventFlips(_Counting):
     def maximise_linear(self, x: Tensor, grad: Tensor) -> Tensor:  # type: ignore[override]
         """Spend the events where the gradient gains most; exact."""
         slope = grad.double().flatten(1)
-        events = fill_l1(slope.abs(), self.allowed(slope, x), self.budget)
+        events = fill_l1(slope.abs(), self.allowed(slope, x), self.limits(x).unsqueeze(1))
         return (x.double() + (slope.sign() * events).view(x.shape)).to(x.dtype)
 
     def sample(self, x: Tensor, generator: SampleGenerator) -> Tensor:  # type: ignore[override]
@@ -222,7 +231,7 @@ class EventFlips(_Counting):
         coin = generator.fork("direction").uniform(flat, -1.0, 1.0).sign()
         direction = torch.where(up & down, coin, up.double() - down.double())
         lottery = (generator.fork("support").uniform(flat) + 1.0) * (up | down)
-        return (x.double() + (direction * top_k(lottery, min(self.count, flat.shape[1]))).view(x.shape)).to(x.dtype)
+        return (x.double() + (direction * top_k(lottery, self.limits(x).unsqueeze(1))).view(x.shape)).to(x.dtype)
 
     def random_start(self, x: Tensor, generator: SampleGenerator) -> Tensor:  # type: ignore[override]
         """Start from the random control."""

@@ -16,7 +16,8 @@ from sg_lightning.attacks.base import Attack
 from sg_lightning.attacks.estimators import ENSEMBLES
 from sg_lightning.attacks.registry import make_attack
 from sg_lightning.domains import Domain
-from sg_lightning.threats import Budgets, Threat
+from sg_lightning.threats import Budgets, Joint, SingleThreat, Threat, is_relaxed
+from sg_lightning.threats.base import is_share
 from sg_lightning.threats.budget import THREATS
 
 _KEYS = {"eps", "control", "attacks", "norms"}
@@ -31,6 +32,11 @@ class Entry:
     attacks: tuple[Attack, ...]
     headline: bool
 
+    @property
+    def strongest(self) -> Attack | None:
+        """The dearest attack that raises the loss by its gradients, if there is one."""
+        return next((a for a in reversed(self.attacks) if not (a.gradient_free or a.minimal)), None)
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -41,11 +47,22 @@ class Suite:
         entries: Threats with their attacks.
         control: Whether random perturbations are measured beside.
         hash: First 12 hex digits of the SHA-256 of its content: same hash, same measurement.
+
+    Raises:
+        ValueError: if the budgets of a norm mix shares and numbers.
     """
 
     name: str
     entries: tuple[Entry, ...]
     control: bool
+
+    def __post_init__(self) -> None:
+        for norm in self.norms:
+            if len({is_share(entry.threat.eps) for entry in self.entries if entry.threat.norm == norm}) > 1:
+                raise ValueError(
+                    f"suite {self.name!r} mixes shares of the sample's events with numbers under {norm!r}: which is the "
+                    "larger depends on the sample; use two suites"
+                )
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -97,9 +114,11 @@ def load_suite(suite: str | Path | Suite, budgets: Budgets, domain: Domain | Non
         domain: Legal values of the inputs; ``None``: that of each threat ([0, 1]; binary for event flips).
 
     Raises:
-        ValueError: on an unknown suite, key, attack or norm, or a norm without budget.
+        ValueError: on an unknown suite, key, attack or norm, a norm without budget, or a threat whose perturbations of
+            events would be infeasible without saying so.
     """
     if isinstance(suite, Suite):
+        _refuse_hidden_relaxation(suite, domain)
         return suite
     name, content = read_suite(suite)
     unknown = set(content) - _KEYS
@@ -120,6 +139,11 @@ def load_suite(suite: str | Path | Suite, budgets: Budgets, domain: Domain | Non
             raise ValueError(
                 f"suite {name!r} attacks under {norm!r} but budgets are given only for {', '.join(budgets)}"
             )
+        if is_relaxed(norm) and domain is not None and domain.lattice is None:
+            raise ValueError(
+                f"the norm {norm!r} is for data whose only legal values are whole numbers, but the domain is {domain}: use "
+                f"{norm.removeprefix('relaxed_')!r}"
+            )
     if content.get("eps", "all") not in ("all", "headline"):
         raise ValueError(
             f"suite {name!r}: eps must be 'all' or 'headline' (the values are the data set's), got {content['eps']!r}"
@@ -130,12 +154,25 @@ def load_suite(suite: str | Path | Suite, budgets: Budgets, domain: Domain | Non
         for threat in budget.threats(norm, domain):
             headline = budget.is_headline(threat.eps)
             if headline or content.get("eps", "all") == "all":
-                attacks = tuple(_build(name, item, threat) for item in _items(name, content, norm))
+                attacks = tuple(_build(name, item, threat) for item in _items(name, content, threat))
                 twice = [a for a, count in Counter(attack.name for attack in attacks).items() if count > 1]
                 if twice:
                     raise ValueError(f"suite {name!r} runs {twice[0]} twice under {norm}; change or drop one of them")
                 entries.append(Entry(threat, attacks, headline))
     return Suite(name, tuple(entries), bool(content.get("control", True)))
+
+
+def _refuse_hidden_relaxation(suite: Suite, domain: Domain | None) -> None:
+    if domain is None or domain.lattice is None:
+        return
+    for entry in suite.entries:
+        threat = entry.threat
+        if not isinstance(threat, Joint) and threat.domain.lattice is None and not threat.relaxed:
+            raise ValueError(
+                f"suite {suite.name!r} attacks under {threat.norm!r} with values in {threat.domain}, but the data live in "
+                f"{domain}: give the threat that domain, or use RelaxedLinf, RelaxedL2 or RelaxedL1, whose figures are "
+                "marked infeasible"
+            )
 
 
 def read_suite(suite: str | Path) -> tuple[str, dict[str, Any]]:
@@ -164,8 +201,10 @@ def read_suite(suite: str | Path) -> tuple[str, dict[str, Any]]:
     return name, content
 
 
-def _items(name: str, content: dict[str, Any], norm: str) -> list[dict[str, Any]]:
+def _items(name: str, content: dict[str, Any], threat: SingleThreat) -> list[dict[str, Any]]:
+    """List the attacks under a threat; what is made for a norm also runs under its relaxation."""
     items = []
+    names = {threat.norm, threat.norm.removeprefix("relaxed_")}
     for item in content["attacks"]:
         if not isinstance(item, dict) or "attack" not in item:
             raise ValueError(
@@ -177,8 +216,12 @@ def _items(name: str, content: dict[str, Any], norm: str) -> list[dict[str, Any]
             raise ValueError(
                 f"suite {name!r}: 'only' names unknown norms {sorted(strange)}; known: {', '.join(_ORDER)}"
             )
-        if norm in only:
-            settings = {key: value for key, value in item.items() if key not in ("only", "estimators")}
+        own = threat.domain.lattice or "none"
+        lattice = item.get("lattice", own)
+        if lattice not in ("binary", "count", "none"):
+            raise ValueError(f"suite {name!r}: 'lattice' is binary, count or none (real values), got {lattice!r}")
+        if names & set(only) and lattice == own:
+            settings = {key: value for key, value in item.items() if key not in ("only", "lattice", "estimators")}
             swaps = item.get("estimators", [settings.pop("estimator", None)])
             swaps = ENSEMBLES.get(swaps, swaps) if isinstance(swaps, str) else swaps
             if not isinstance(swaps, list | tuple) or not swaps:
