@@ -11,7 +11,7 @@ LIBRARIES ?= .venv-libraries
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
-.PHONY: demo test test-adapters lint format clean help
+.PHONY: demo test test-adapters benchmark-attacks lint format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -46,7 +46,11 @@ $(LIBRARIES)/.ready: pyproject.toml constraints.txt $(VENV)/.ready-dev
 	@touch $@
 
 test-adapters: $(LIBRARIES)/.ready
-	$(LIBRARIES)/bin/python -m pytest -m adapters tests/attacks/test_adapters.py
+	$(LIBRARIES)/bin/python -m pytest -m adapters tests/attacks/test_adapters.py tests/test_docs.py
+
+benchmark-attacks: $(LIBRARIES)/.ready
+	$(LIBRARIES)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt adversarial-robustness-toolbox==1.20.1
+	OMP_NUM_THREADS=1 $(LIBRARIES)/bin/python benchmarks/attacks.py --docs docs/attacks.md
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

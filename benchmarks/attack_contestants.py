@@ -18,6 +18,7 @@ from sg_lightning.threats import SingleThreat
 
 Run = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 OURS = "sg_lightning"
+SLOW = ("ART", f"{OURS}, no early drop")
 PACKAGES = ("advertorch", "torchattacks", "foolbox", "pyautoattack", "adversarial-robustness-toolbox")
 _NAMES = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 _ORDERS = {"linf": np.inf, "l2": 2, "l1": 1}

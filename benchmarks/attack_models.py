@@ -44,12 +44,12 @@ SUBJECTS = {
     "convnet": Subject(
         title="ConvNet: 2 convolutions (16, 32), 64 hidden, LIF, T = 8, direct coding; digits at 28 x 28, PGD-3 training",
         build=lambda: ConvNet(input_size=28, channels=(16, 32), hidden=64, time_steps=8),
-        size=28, epochs=15, train_eps=0.1, steps=3, eps={"linf": 0.1, "l2": 1.5, "l1": 12.0}, samples=64,
+        size=28, epochs=6, train_eps=0.1, steps=3, eps={"linf": 0.1, "l2": 1.5, "l1": 12.0}, samples=32,
     ),
     "vgg5": Subject(
-        title="VGG-5: 3 convolutions (64, 128, 128), 128 hidden, LIF, T = 4, direct coding; digits at 32 x 32, PGD-1 training",
-        build=lambda: VGG("vgg5", in_channels=1, input_size=32, time_steps=4, head=(128,)),
-        size=32, epochs=6, train_eps=0.1, steps=1, eps={"linf": 0.06, "l2": 1.2, "l1": 10.0}, samples=32,
+        title="VGG-5: 3 convolutions (64, 128, 128), 128 hidden, LIF, T = 4, direct coding; digits at 8 x 8, PGD-2 training",
+        build=lambda: VGG("vgg5", in_channels=1, input_size=8, time_steps=4, head=(128,)),
+        size=8, epochs=3, train_eps=0.1, steps=2, eps={"linf": 0.1, "l2": 0.6, "l1": 2.5}, samples=32,
     ),
     "tiny": Subject(
         title="A tiny ConvNet, to try the benchmark itself",

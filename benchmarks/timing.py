@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,27 +20,32 @@ Result = TypeVar("Result")
 
 
 def race(
-    contestants: Mapping[str, Callable[[int], Result]], rounds: int, look: Callable[[str, Result], None]
+    contestants: Mapping[str, Callable[[int], Result]],
+    rounds: int,
+    look: Callable[[str, Result], None],
+    once: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Time contestants in turns, in reversed order every other round, and return CPU seconds by name.
 
     One CPU-time clock for all, in one process: other jobs on the machine and its changing speed fall on everybody.
 
     Args:
-        contestants: What to time; each is called with the number of the round.
-        rounds: Measured rounds, at least 1; one more, not measured, warms up.
-        look: Told of every result, the warm-up's too, outside the measured time.
+        contestants: What to time; each is called with the number of the round, and warmed up by the caller.
+        rounds: Number of rounds, at least 1.
+        look: Told of every result, outside the measured time.
+        once: Who runs in the first round only, because it is slow.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        order = list(contestants) if number % 2 else list(contestants)[::-1]
+    for number in range(rounds):
+        order = list(contestants)[::-1] if number % 2 else list(contestants)
         for name in order:
+            if number and name in once:
+                continue
             gc.collect()
             started = time.process_time()
             result = contestants[name](number)
             spent = time.process_time() - started
-            if number:
-                seconds[name].append(spent)
+            seconds[name].append(spent)
             look(name, result)
     return seconds
 
@@ -61,6 +66,13 @@ def provenance(packages: Sequence[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages if _version(name)},
     }
+
+
+def into_docs(text: str, path: Path, name: str) -> None:
+    """Put the table of a results file between its marks in a document."""
+    begin, end = f"<!-- begin: benchmarks/results/{name} -->", "<!-- end -->"
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    path.write_text(f"{before}{begin}\n{text}{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
 def _version(package: str) -> str:

@@ -16,6 +16,7 @@ from sg_lightning.attacks.sda import SDA
 from sg_lightning.attacks.sparse import PGD0, SPGD
 from sg_lightning.attacks.sparse_search import FlipSearch, SparseRS
 from sg_lightning.attacks.square import Square
+from sg_lightning.attacks.substitute import Substitute, with_substitutes
 from sg_lightning.attacks.suites import Entry, Suite, load_suite, read_suite, suite_names
 from sg_lightning.attacks.tuning import tune
 from sg_lightning.attacks.verification import Verdict, verify
@@ -59,6 +60,7 @@ __all__ = [
     "SparseRS",
     "SpikeRetimingAttack",
     "Square",
+    "Substitute",
     "Suite",
     "SwapFlips",
     "Torchattacks",
@@ -71,4 +73,5 @@ __all__ = [
     "suite_names",
     "tune",
     "verify",
+    "with_substitutes",
 ]

@@ -43,7 +43,8 @@ class Smallest(Progress):
         """Keep what is misclassified and smaller than what is held; a sample of size 0 is done."""
         searched = self._spend(index, iteration, queries, found)
         size = self.threat.size(x_adv, select(self.x, index)).double()
-        better = searched & wrong & (size < self.size[index])
+        # Points on the surface of one ball have the same size: rounding must not choose between them.
+        better = searched & wrong & (size < self.size[index] * (1 - 1e-9))
         kept = index[better]
         assign(self.x_adv, kept, select(x_adv, better))
         self.size[kept] = size[better]

@@ -27,12 +27,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Tried:
-    """An attack of the suite at a headline budget: its name in the rows and its settings."""
+    """An attack of the suite at a headline budget: its name in the rows, its settings, whether it is a black box one."""
 
     norm: str
     eps: str
     name: str
     settings: dict[str, Any]
+    gradient_free: bool = False
 
     def without(self, *keys: str) -> str:
         """Identify what else is set: attacks that differ in ``keys`` only share it."""
@@ -86,7 +87,12 @@ def _of_norm(
 ) -> list[Check]:
     samples = len(attacks[0][1])
     strongest = min(attacks, key=lambda item: _share(item[1]))
-    checks = [*_single_steps(norm, attacks), *_steps(norm, attacks), *_estimators(norm, attacks)]
+    checks = [
+        *_single_steps(norm, attacks),
+        *_steps(norm, attacks),
+        *_estimators(norm, attacks),
+        *_black_box(norm, attacks),
+    ]
     if control:
         status: Outcome = "pass" if _share(strongest[1]) <= _share(control) else "fail"
         detail = (
@@ -100,6 +106,27 @@ def _of_norm(
         detail = f"at eps = {eps} (half the domain everywhere, or every input) {share:.1%} of {samples} samples survive"
         checks.append(Check("accuracy falls to zero as eps grows", status, detail, norm))
     return checks
+
+
+def _black_box(norm: str, attacks: list[Found]) -> list[Check]:
+    """Count the samples that an attack without gradients of the model breaks and no attack with gradients does."""
+    white, black = ([found for found in attacks if found[0].gradient_free is free] for free in (False, True))
+    if not white or not black:
+        return []
+    best = min(white, key=lambda item: _share(item[1]))
+    standing = [i for i in best[1] if all(left[i] for _, left in white)]
+    more = {attack.name: sum(not left[i] for i in standing) for attack, left in black}
+    total = sum(not all(left[i] for _, left in black) for i in standing)
+    samples = len(best[1])
+    status: Outcome = "pass" if total == 0 else "warn" if total <= _slack(samples) * samples else "fail"
+    each = ", ".join(
+        f"{attack.name} leaves {_share(left):.1%} and breaks {more[attack.name]}" for attack, left in black
+    )
+    detail = (
+        f"attacks with gradients leave {len(standing)} of {samples} samples (the best, {best[0].name}, "
+        f"{_share(best[1]):.1%}); without, {total} of these break: {each}"
+    )
+    return [Check("white box at least as strong as black box", status, detail, norm)]
 
 
 def _single_steps(norm: str, attacks: list[Found]) -> list[Check]:

@@ -17,10 +17,10 @@ from sg_lightning._version import __version__
 from sg_lightning.attacks import Attack, AttackResult, Oracle, RandomNoise, Suite, verify
 from sg_lightning.attacks.base import check_batch
 from sg_lightning.evaluation.adversarial import AdversarialStore
-from sg_lightning.evaluation.data import fingerprint_model, fingerprint_samples
 from sg_lightning.evaluation.progress import Watch
 from sg_lightning.evaluation.result import RobustnessResult
 from sg_lightning.evaluation.rows import Phase, Row, Status
+from sg_lightning.fingerprint import fingerprint_model, fingerprint_samples
 from sg_lightning.inputs import Input, detached, select
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import L0, L1, L2, EventFlips, Linf, Threat
@@ -118,9 +118,8 @@ class RobustnessRun:
             if entry.headline:
                 attacks = [*entry.attacks, RandomNoise(entry.threat)]
                 huge = overwhelming(entry.threat, batch.x)
-                climbing = [a for a in entry.attacks if not (a.gradient_free or a.minimal)]
-                if huge is not None and climbing:
-                    attacks.append(climbing[-1].with_threat(huge))
+                if huge is not None and entry.strongest is not None:
+                    attacks.append(entry.strongest.with_threat(huge))
                 for attack in attacks:
                     rows += self._attack(attack, batch, batch.clean, "check")[1]
         return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite
+from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite, with_substitutes
 from sg_lightning.domains import Domain
 from sg_lightning.evaluation.adversarial import Keep
 from sg_lightning.evaluation.data import Source, check_samples, legal_domain, to_device
@@ -36,6 +36,7 @@ def evaluate(
     estimator: Estimator | None = None,
     eot: int = 1,
     votes: int = 1,
+    substitutes: Mapping[str, Callable[..., Any]] | None = None,
     check_samples_count: int = 128,
     keep: Keep = "few",
     progress: bool = True,
@@ -59,6 +60,8 @@ def evaluate(
         estimator: Gradient estimator of the attacks for spiking neurons; ``None``: the training surrogate.
         eot: Gradients averaged per step, for stochastic models.
         votes: Forward passes whose majority decides, for stochastic models.
+        substitutes: Other models by name, e.g. ``{"ann": twin, "seed2": net}``: the strongest gradient attack of each
+            norm and budget is crafted on each of them too and judged by the model (``transfer-ann/pgd-40x2``).
         check_samples_count: Samples on which all attacks run, for the honesty checks; 0 switches them off.
         keep: ``"all"`` writes the adversarial input of every sample, one file ``adversarial/<norm>.pt`` per norm in
             ``out`` (:class:`~sg_lightning.evaluation.adversarial.AdversarialStore` says what is in it); ``"few"`` keeps
@@ -82,12 +85,19 @@ def evaluate(
     source.check(domain)
     budgets = budgets or source.budgets or {}
     resolved, left_out = load_suite(suite, budgets, domain).applicable(model)
+    substitutes = substitutes or {}
+    resolved = with_substitutes(resolved, substitutes)
     oracle = Oracle(model, estimator=estimator, eot=eot, votes=votes)
     device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
     batches = source.batches(batch_size)
     first = next(batches)
     check_samples(first[0], first[1], domain)
     _ask_one(oracle, first[0], device)
+    for name, other in substitutes.items():
+        asked = Oracle(other)
+        _ask_one(asked, first[0], device)
+        if asked.classes != oracle.classes:
+            raise ValueError(f"the substitute {name!r} has {asked.classes} classes, the model {oracle.classes}")
     session = Session(
         oracle, resolved, samples=len(source), seed=seed, check_samples_count=check_samples_count, out=out, keep=keep,
         bar=TqdmBar() if progress and process()[0] == 0 else None,

@@ -27,13 +27,23 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was tried under one norm and budget: name (as in the rows) and settings of each attack, cheap to dear."""
+    """What was tried under one norm and budget, cheap to dear.
+
+    Attributes:
+        norm: Norm of the threat.
+        eps: Budget as written.
+        names: Name of each attack, as in the rows.
+        attacks: Settings of each attack.
+        headline: Whether the figure enters the union.
+        gradient_free: Whether each attack did without gradients of the model (black box).
+    """
 
     norm: str
     eps: str
     names: tuple[str, ...]
     attacks: tuple[dict[str, Any], ...]
     headline: bool
+    gradient_free: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,8 @@ class SuiteRecord:
     Attributes:
         name: Name or file stem.
         hash: First 12 hex digits of the SHA-256 of its content.
-        content: As :meth:`~sg_lightning.attacks.Suite.describe` gives it, and the names of the attacks.
+        content: As :meth:`~sg_lightning.attacks.Suite.describe` gives it, the names of the attacks, and
+            which of them took no gradients.
     """
 
     name: str
@@ -56,6 +67,7 @@ class SuiteRecord:
         content = suite.describe()
         for item, entry in zip(content["entries"], suite.entries, strict=True):
             item["names"] = [attack.name for attack in entry.attacks]
+            item["gradient_free"] = [attack.gradient_free for attack in entry.attacks]
         return cls(suite.name, suite.hash, content)
 
     @cached_property
@@ -68,6 +80,7 @@ class SuiteRecord:
                 tuple(item["names"]),
                 tuple(item["attacks"]),
                 item["headline"],
+                tuple(item.get("gradient_free", [False] * len(item["names"]))),  # results of 0.1 do not say
             )
             for item in self.content["entries"]
         )
@@ -108,10 +121,10 @@ class RobustnessResult:
                 fell = self._fell.setdefault(key, np.zeros(len(self.ids), dtype=bool))
                 fell[self._position[row.id]] |= row.status in ("broken", "invalid")
         tried = [
-            Tried(entry.norm, entry.eps, name, settings)
+            Tried(entry.norm, entry.eps, name, settings, free)
             for entry in self.suite.entries
             if entry.headline
-            for name, settings in zip(entry.names, entry.attacks, strict=True)
+            for name, settings, free in zip(entry.names, entry.attacks, entry.gradient_free, strict=True)
         ]
         self.checks: list[Check] = run_checks(self.rows, tried, meta)
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from sg_lightning.attacks import Oracle, Suite
+from sg_lightning.attacks import Oracle, Substitute, Suite
 from sg_lightning.evaluation.adversarial import AdversarialStore, Keep, check_keep
-from sg_lightning.evaluation.data import fingerprint_model, fingerprint_samples
 from sg_lightning.evaluation.engine import Cost, RobustnessRun, spread_ids
 from sg_lightning.evaluation.progress import Bar, Watch
 from sg_lightning.evaluation.result import RobustnessResult
 from sg_lightning.evaluation.rows import Row, RowStore, unique
+from sg_lightning.fingerprint import fingerprint_model, fingerprint_samples
 from sg_lightning.inputs import Input, select
 
 
@@ -56,6 +56,8 @@ class Session:
                 "seed": seed, "estimator": str(oracle.estimator), "eot": oracle.eot, "votes": oracle.votes,
                 "checks": check_samples_count,
             }  # fmt: skip
+            for attack in (a for entry in suite.entries for a in entry.attacks if isinstance(a, Substitute)):
+                fingerprint[f"substitute {attack.label}"] = attack.fingerprint
             if keep == "all":
                 fingerprint["keep"] = keep
             self.store = RowStore(self.out, fingerprint, part=self.rank if self.world > 1 else None)

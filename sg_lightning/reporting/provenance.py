@@ -127,15 +127,17 @@ def _attacks(suite: SuiteRecord) -> dict[str, str]:
 
 def _attack(description: Mapping[str, Any]) -> str:
     """Write an attack with all its settings as the suite spells them, e.g. ``pgd: steps=40, restarts=2``."""
-    settings = (f"{k}={v}" for k, v in description.items() if k != "attack" and v is not None)
-    return f"{description['attack']}: {', '.join(settings)}"
+    written = {k: f"({_attack(v)})" if k == "crafted" else v for k, v in description.items() if v is not None}
+    return f"{written.pop('attack')}: {', '.join(f'{k}={v}' for k, v in written.items())}"
 
 
 def _attack_in_words(description: Mapping[str, Any]) -> str:
     """Name an attack with its strength, e.g. ``PGD (40 steps, 2 restarts)``."""
+    if "crafted" in description:
+        return f"{_attack_in_words(description['crafted'])} crafted on the model {description['label']}"
     strength = []
-    for key in ("steps", "restarts"):
+    for one, key in (("step", "steps"), ("query", "queries"), ("restart", "restarts")):
         if count := description.get(key):
-            strength.append(f"{count} {key if count != 1 else key[:-1]}")
-    name = str(description["attack"]).upper()
+            strength.append(f"{count} {key if count != 1 else one}")
+    name = str(description["attack"]).upper().replace("_", "-")
     return f"{name} ({', '.join(strength)})" if strength else name

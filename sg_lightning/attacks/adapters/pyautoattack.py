@@ -84,9 +84,9 @@ class PyAutoAttack(ForeignAttack):
         needed = {"apgd-dlr": 3, "apgd-t": 4}.get(algorithm, 2)
         if classes < needed:
             raise ValueError(f"{algorithm} needs a model with at least {needed} classes, this one has {classes}")
-        if algorithm == "square" and self.threat.norm != "linf" and min(shell.unit.shape[2:]) < 3:
+        if algorithm == "square" and self.threat.norm != "linf" and min(shell.unit.shape[2:]) < 5:
             raise ValueError(
-                f"square under {self.threat.norm} needs images of at least 3 x 3, got {shell.unit.shape[2:]}"
+                f"square under {self.threat.norm} needs images of at least 5 x 5, got {tuple(shell.unit.shape[2:])}"
             )
         defaults = {**PARTS[algorithm][2], "seed": seed}
         if self.threat.norm == "l1":

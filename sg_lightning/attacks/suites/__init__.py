@@ -32,6 +32,11 @@ class Entry:
     attacks: tuple[Attack, ...]
     headline: bool
 
+    @property
+    def strongest(self) -> Attack | None:
+        """The dearest attack that raises the loss by its gradients, if there is one."""
+        return next((a for a in reversed(self.attacks) if not (a.gradient_free or a.minimal)), None)
+
 
 @dataclass(frozen=True)
 class Suite:

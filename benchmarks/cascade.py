@@ -1,0 +1,126 @@
+"""What the cascade of a suite saves: each attack on what still stands, against each attack on all samples.
+
+    python benchmarks/cascade.py --docs docs/attacks.md
+
+You will see: CPU time and passes of the suite `standard` under L-infinity both ways, in turns, on the adversarially
+trained digits network. Attacks, noise and verdicts are the same, and so are the survivors, which is asserted. Results go
+to benchmarks/results (cascade.json, cascade.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from attack_models import SUBJECTS, prepare
+from timing import into_docs, provenance, race, ratios
+from torch import Tensor
+
+from sg_lightning.attacks import Oracle, load_suite, verify
+from sg_lightning.sampling import SampleGenerator
+from sg_lightning.threats import Budget
+
+ROOT = Path(__file__).parent.parent
+ALL, CASCADE = "every attack on all samples", "cascade"
+
+
+def contestants(subject: str, suite: str, samples: int) -> dict[str, Callable[[int], tuple[Tensor, Oracle]]]:
+    """Return both ways to run a suite; each takes a seed and returns who stands, bool (B,), and the oracle asked."""
+    model, x, y = prepare(subject)
+    x, y = x[:samples], y[:samples]
+    eps = SUBJECTS[subject].eps["linf"]
+    entry = load_suite(suite, {"linf": Budget((eps,), eps)}).entries[0]
+
+    def run(seed: int, cascade: bool) -> tuple[Tensor, Oracle]:
+        oracle = Oracle(model)
+        clean = oracle.correct(x, y)
+        stands = clean.clone()
+        for attack in entry.attacks:
+            index = (stands if cascade else clean).nonzero().squeeze(1)
+            if len(index):
+                noise = SampleGenerator.from_ids(seed, index.tolist())
+                found = attack.run(oracle, x[index], y[index], generator=noise)
+                verdict = verify(oracle, entry.threat, x[index], found.x_adv, y[index])
+                stands[index] &= ~(verdict.counts | found.invalid)
+        return stands, oracle
+
+    return {ALL: lambda seed: run(seed, False), CASCADE: lambda seed: run(seed, True)}
+
+
+def measure(subject: str, suite: str, samples: int, rounds: int) -> dict[str, Any]:
+    """Race both ways and return the figures of each."""
+    found: dict[str, list[tuple[Tensor, Oracle]]] = {ALL: [], CASCADE: []}
+    seconds = race(contestants(subject, suite, samples), rounds, lambda name, result: found[name].append(result))
+    for (stands, _), (expected, _) in zip(found[CASCADE], found[ALL], strict=True):
+        if not torch.equal(stands, expected):
+            raise AssertionError("the cascade changed who stands")
+    return {
+        name: {
+            "seconds": seconds[name],
+            "ratio": ratios(seconds[name], seconds[ALL]),
+            "robust": [float(stands.float().mean()) for stands, _ in found[name]],
+            "forwards": [oracle.counts.forwards / samples for _, oracle in found[name]],
+            "backwards": [oracle.counts.backwards / samples for _, oracle in found[name]],
+        }
+        for name in found
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Write the results as Markdown."""
+    made = results["provenance"]
+    head = (
+        f"Measured with `{made['command']}` at commit {made['commit']}, {made['date']}; {made['machine']}; Python "
+        f"{made['python']}, torch {made['versions']['torch']}. Suite `{results['suite']}` under L∞ at eps = "
+        f"{results['eps']}, {results['samples']} samples of: {results['title']}. Medians of {results['rounds']} rounds "
+        "with the seeds 0, 1, ...; passes per sample; CPU time."
+    )
+    lines = [
+        head,
+        "",
+        "| Way | Robust accuracy | Forwards | Backwards | Seconds | Ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in results["ways"].items():
+        robust, forwards, backwards, seconds, ratio = (
+            median(row[key]) for key in ("robust", "forwards", "backwards", "seconds", "ratio")
+        )
+        spread = f" ({min(row['ratio']):.2f}-{max(row['ratio']):.2f})" if name == CASCADE else ""
+        lines.append(
+            f"| {name} | {robust:.3f} | {forwards:.0f} | {backwards:.0f} | {seconds:.1f} | {ratio:.2f}{spread} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subject", default="digits", choices=SUBJECTS)
+    parser.add_argument("--suite", default="standard")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--docs", type=Path, help="document that gets the table, e.g. docs/attacks.md")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    subject = SUBJECTS[args.subject]
+    results = {
+        "provenance": provenance(["torch", "numpy", "sg-lightning"]), "subject": args.subject, "title": subject.title,
+        "suite": args.suite, "eps": subject.eps["linf"], "samples": args.samples, "rounds": args.rounds,
+        "ways": measure(args.subject, args.suite, args.samples, args.rounds),
+    }  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "cascade.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (args.out / "cascade.md").write_text(table(results), encoding="utf-8")
+    if args.docs:
+        into_docs(table(results), args.docs, "cascade.md")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The benchmark of attacks: fair turns, honest counting, and results that need no library but ours."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sg_lightning.threats import L2, Linf
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a module of the benchmarks' folder, which is no package."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+def test_contestants_take_turns_in_both_orders(load):
+    calls = []
+    names = {name: lambda number, name=name: calls.append((number, name)) for name in "abc"}
+    told = []
+    seconds = load("timing").race(names, 3, lambda name, result: told.append(name))
+    assert [name for _, name in calls] == list("abc" + "cba" + "abc")
+    assert told == [name for _, name in calls]
+    assert {name: len(spent) for name, spent in seconds.items()} == dict.fromkeys("abc", 3)
+    assert load("timing").ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+
+
+def test_samples_are_counted_in_both_directions(load):
+    counting = load("attack_contestants").Counting(nn.Linear(3, 2))
+    x = torch.rand(5, 3, requires_grad=True)
+    counting(x).sum().backward()
+    torch.autograd.grad(counting(x).sum(), x)
+    counting(x.detach())
+    assert (counting.forwards, counting.backwards) == (15, 10)
+
+
+def test_judge_believes_nothing(load):
+    judge = load("attacks").judge
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    x = torch.full((4, 1, 2, 2), 0.5)
+    y = model(x).argmax(1)
+    x_adv = x.clone()
+    x_adv[1] = torch.nan
+    x_adv[2] += 0.5  # five times the budget
+    x_adv[3] += 0.1 * (1 + 5e-6)  # rounding
+    found = judge(model, Linf(0.1), x, x_adv, y)
+    assert found["outside"] == 0.5
+    reached = sum(int(model(z[None]).argmax(1) != y[0]) for z in (x[0], x[0], x[2] + 0.1, x[3] + 0.1))
+    assert found["robust"] == 1 - reached / 4
+    assert not found["weight_gradients"]
+    model(x).sum().backward()
+    assert judge(model, L2(0.1), x, x, y)["weight_gradients"]
+
+
+def test_benchmark_runs_and_writes_what_the_documents_take(load, monkeypatch, tmp_path):
+    monkeypatch.setattr(load("attack_models"), "CACHE", tmp_path / "cache")
+    docs = tmp_path / "docs.md"
+    docs.write_text("before\n<!-- begin: benchmarks/results/attacks.md -->\nold\n<!-- end -->\nafter\n")
+    attacks = load("attacks")
+    monkeypatch.setattr(load("attack_contestants"), "find_spec", lambda name: None)
+    threads = torch.get_num_threads()
+    attacks.main(["--subjects", "tiny", "--rounds", "2", "--out", str(tmp_path), "--docs", str(docs)])
+    torch.set_num_threads(threads)
+    results = json.loads((tmp_path / "attacks.json").read_text())
+    by_name = {(r["event"], r["contestant"]): r for r in results["records"]}
+    assert len(by_name) == 6
+    for event in ("PGD-3 L∞", "APGD-5 L2 DLR", "PGD-3 L1"):
+        ours, plain = by_name[event, "sg_lightning"], by_name[event, "sg_lightning, no early drop"]
+        assert ours["ratio"] == [1.0, 1.0]
+        assert len(plain["seconds"]) == 1
+        assert ours["robust"][:1] == plain["robust"]
+        assert max(ours["outside"]) == 0.0
+        assert ours["forwards"][0] <= plain["forwards"][0]
+        assert not ours["leaves_weight_gradients"]
+    assert results["provenance"]["commit"]
+    text = (tmp_path / "attacks.md").read_text()
+    assert docs.read_text() == f"before\n<!-- begin: benchmarks/results/attacks.md -->\n{text}<!-- end -->\nafter\n"
+    assert (tmp_path / "attacks.png").stat().st_size > 1000
+
+
+def test_cascade_saves_passes_and_changes_nothing(load, monkeypatch, tmp_path):
+    monkeypatch.setattr(load("attack_models"), "CACHE", tmp_path / "cache")
+    load("cascade").main(["--subject", "tiny", "--suite", "basic", "--rounds", "1", "--out", str(tmp_path)])
+    plain, cascade = json.loads((tmp_path / "cascade.json").read_text())["ways"].values()
+    assert cascade["robust"] == plain["robust"]
+    assert 0 < cascade["backwards"][0] <= plain["backwards"][0]
+    assert "| cascade |" in (tmp_path / "cascade.md").read_text()

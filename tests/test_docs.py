@@ -1,0 +1,71 @@
+"""What the documents show runs, and the tables they hold are the measured ones."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from sg_lightning.attacks import ATTACKS, ESTIMATORS, suite_names
+from sg_lightning.attacks.adapters.advertorch import REFUSED
+from sg_lightning.backbones import ConvNet
+from sg_lightning.datamodules import Digits
+from sg_lightning.neurons import LIF
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(libraries):
+    """Return the Python blocks of docs/attacks.md: without those that need foreign libraries, or with them."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8"), re.DOTALL)
+    return [code for code in found if libraries or "Torchattacks" not in code]
+
+
+def run(code):
+    data = Digits()
+    data.setup("test")
+    pairs = [data.test_dataloader().dataset[i] for i in range(8)]
+    model, x = (
+        ConvNet(channels=(8, 16), hidden=32, neuron=LIF(threshold=0.1)).eval(),
+        torch.stack([x for x, _ in pairs]),
+    )
+    names = {"model": model, "x": x, "y": model(x).argmax(1)}
+    try:
+        for block in code:
+            exec(compile(block, "docs/attacks.md", "exec"), names)  # noqa: S102 - our own document
+    finally:
+        ATTACKS.pop("corners", None)
+    return names
+
+
+def test_attack_examples_run():
+    assert run(blocks(libraries=False))["result"].success.shape == (8,)
+
+
+@pytest.mark.adapters
+def test_adapter_examples_run():
+    run(blocks(libraries=True))
+
+
+@pytest.mark.parametrize(
+    ("path", "row"),
+    [
+        ("benchmarks/results/attacks.md", "| APGD-100 L∞ CE | sg_lightning |"),
+        ("benchmarks/results/cascade.md", "| cascade |"),
+    ],
+)
+def test_tables_are_the_measured_ones(path, row):
+    text = (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8")
+    table = re.search(rf"<!-- begin: {path} -->\n(.*?)<!-- end -->", text, re.DOTALL)[1]
+    assert (ROOT / path).read_text(encoding="utf-8") == table
+    assert row in table
+
+
+def test_every_suite_estimator_and_refusal_is_documented():
+    text = (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8")
+    for name in (*suite_names(), *(name for name in ESTIMATORS if name != "bptt")):
+        assert f"| `{name}` |" in text
+    for attack in ATTACKS.values():
+        assert attack.__name__ in text, attack
+    for name in REFUSED:
+        assert name in text, name
