@@ -23,6 +23,7 @@ from sg_lightning._version import __version__
 from sg_lightning.callbacks.loggers import folder_of
 from sg_lightning.evaluation import RobustnessResult
 from sg_lightning.modules import SpikingClassifier
+from sg_lightning.recipes import accepted
 from sg_lightning.trainer import RobustTrainer
 
 # What the data know about the network. Not time_steps: --print_config leaves linked arguments out.
@@ -78,12 +79,12 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save to each logger's own folder (``trainer.log_dir`` is shared by all runs of some loggers)."""
-        # jsonargparse would leave linked arguments out, also those that this data module does not know.
-        content = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=False))
+        content = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        # jsonargparse leaves out what comes from the data, but the config should say how the network was built.
         backbone = content["model"]["init_args"].get("backbone") or {}
-        for name in {*LINKED} & {*backbone.get("init_args", {})}:
+        for name in LINKED:
             value = getattr(getattr(trainer, "datamodule", None), name, None)
-            if value is not None:
+            if value is not None and "init_args" in backbone and name in accepted(type(pl_module.backbone)):
                 backbone["init_args"][name] = list(value) if isinstance(value, tuple) else value
         text = yaml.safe_dump(content, sort_keys=False)
         try:
@@ -125,7 +126,7 @@ class RobustCLI(LightningCLI):
             "checkpoint.filename": "best", "checkpoint.enable_version_counter": False,
         })  # fmt: skip
         for key, title in TITLES.items():
-            parser.groups[key].title = title  # the classes' first lines do not say what they are here
+            (parser.groups or {})[key].title = title  # the classes' first lines do not say what they are here
         for name in LINKED:
             parser.link_arguments(f"data.{name}", f"model.init_args.backbone.init_args.{name}", apply_on="instantiate")
 
