@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import filecmp
 import os
 import shutil
 import sys
 import textwrap
+import warnings
 import zipfile
 from collections.abc import Sequence
 from importlib.resources import as_file, files
@@ -23,6 +25,7 @@ from sg_lightning._version import __version__
 from sg_lightning.callbacks.loggers import folder_of
 from sg_lightning.evaluation import RobustnessResult
 from sg_lightning.modules import SpikingClassifier
+from sg_lightning.recipes import accepted
 from sg_lightning.trainer import RobustTrainer
 
 # What the data know about the network. Not time_steps: --print_config leaves linked arguments out.
@@ -33,6 +36,13 @@ TITLES = {
     "data": "the data",
     "checkpoint": "which weights are kept: Lightning's ModelCheckpoint",
 }
+# Warnings about what this package chose, or what Lightning and PyTorch have to settle among themselves.
+NOISE = (
+    "The dirpath has changed",
+    ".*isinstance\\(treespec, LeafSpec\\)",
+    ".*does not have many workers",
+    "The number of training batches",
+)
 COMMANDS = {
     "fit": "Train a network. Config and checkpoints of the run go to lightning_logs/version_N, or where the logger says.",
     "validate": "Measure loss and accuracy of a checkpoint on the validation set, and what the callbacks measure.",
@@ -78,12 +88,12 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save to each logger's own folder (``trainer.log_dir`` is shared by all runs of some loggers)."""
-        # jsonargparse would leave linked arguments out, also those that this data module does not know.
-        content = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=False))
+        content = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        # jsonargparse leaves out what comes from the data, but the config should say how the network was built.
         backbone = content["model"]["init_args"].get("backbone") or {}
-        for name in {*LINKED} & {*backbone.get("init_args", {})}:
+        for name in LINKED:
             value = getattr(getattr(trainer, "datamodule", None), name, None)
-            if value is not None:
+            if value is not None and "init_args" in backbone and name in accepted(type(pl_module.backbone)):
                 backbone["init_args"][name] = list(value) if isinstance(value, tuple) else value
         text = yaml.safe_dump(content, sort_keys=False)
         try:
@@ -92,7 +102,8 @@ class SaveRunConfig(SaveConfigCallback):
                 (folder / self.config_filename).write_text(text, encoding="utf-8")
         except OSError as error:
             raise OSError(
-                f"cannot write the run: {error}; choose another --trainer.default_root_dir, or folder of the logger"
+                f"cannot write the run to {error.filename or 'its folder'}: {error.strerror or error}; choose another "
+                "--trainer.default_root_dir, or folder of the logger"
             ) from error
         for logger in trainer.loggers:
             logger.log_hyperparams({"config": content})
@@ -125,9 +136,17 @@ class RobustCLI(LightningCLI):
             "checkpoint.filename": "best", "checkpoint.enable_version_counter": False,
         })  # fmt: skip
         for key, title in TITLES.items():
-            parser.groups[key].title = title  # the classes' first lines do not say what they are here
+            (parser.groups or {})[key].title = title  # the classes' first lines do not say what they are here
         for name in LINKED:
             parser.link_arguments(f"data.{name}", f"model.init_args.backbone.init_args.{name}", apply_on="instantiate")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Show the few options of the command itself before the hundreds that all commands share."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        *shared, own = parser._action_groups
+        own.title = f"options of {subcommand}"
+        parser._action_groups = [*shared[:2], own, *shared[2:]]
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """Check the file; leave the settings alone: Lightning would let the checkpoint's override the command line."""
@@ -208,7 +227,7 @@ def report(args: Sequence[str]) -> None:
         "folders", nargs="+", metavar="[NAME=]FOLDER", help="an --out of evaluate; named after the folder"
     )
     parser.add_argument("--out", default="report", help="folder of report.html and its figures")
-    parser.add_argument("--title", default="Robustness across perturbation norms")
+    parser.add_argument("--title", default="Robustness across perturbation norms", help="heading of the page")
     parser.add_argument("--baseline", help="name of the run that the others are compared with")
     given = parser.parse_args(list(args))
     from sg_lightning.reporting import write_report
@@ -233,10 +252,11 @@ def configs(args: Sequence[str]) -> None:
         if given.to is None:
             print("\n".join(map(str, found)))
             return
-        there = [str(path) for path in found if (given.to / path).exists()]
-        if there:
-            raise ValueError(f"{given.to} has {there[0]} already; give another folder, or delete it")
-        for path in found:
+        there = [path for path in found if (given.to / path).exists()]
+        changed = [path for path in there if not filecmp.cmp(source / path, given.to / path, shallow=False)]
+        if changed:
+            raise ValueError(f"{given.to / changed[0]} differs from the shipped one; give another folder, or delete it")
+        for path in {*found} - {*there}:
             (given.to / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / path, given.to / path)
     print(f"{len(found)} configs in {given.to}")
@@ -252,6 +272,8 @@ def main(args: Sequence[str] | None = None) -> None:
         ]
         print(HELP.format(commands="\n".join(lines)), end="")
         return
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", noise)
     try:
         if not words[0].startswith("-") and words[0] not in COMMANDS:
             raise ValueError(f"there is no command {words[0]}; the commands are {', '.join(COMMANDS)}")

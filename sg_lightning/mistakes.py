@@ -6,6 +6,7 @@ is kept, with the key that it is about and the nearest name.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import re
 from collections.abc import Iterable
@@ -45,6 +46,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def explain(error: BaseException) -> str:
     """Return what was wrong, where, and what may have been meant."""
     text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        full = error.errno == errno.ENOSPC
+        cure = (
+            "make room, and go on from the last checkpoint or run the same again" if full else "choose another folder"
+        )
+        return f"cannot read or write {error.filename or 'a file'}: {error.strerror}; {cure}"
     unknown = re.match(r"unrecognized arguments: (\S+)|Subcommand '\w+' does not accept option '([^']+)'", text)
     if unknown:
         word = (unknown[1] or unknown[2]).partition("=")[0]

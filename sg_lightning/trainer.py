@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from sg_lightning.attacks import Estimator
 from sg_lightning.callbacks import PredictionWriter, RobustnessEvaluation
 from sg_lightning.evaluation import RobustnessResult
+from sg_lightning.evaluation.adversarial import Keep
 
 
 class RobustTrainer(Trainer):
@@ -27,7 +28,7 @@ class RobustTrainer(Trainer):
     result_folder: Path | None = None
     predictions: Path | None = None
 
-    def predict(  # type: ignore[override]
+    def predict(
         self,
         model: LightningModule | None = None,
         dataloaders: Any = None,
@@ -86,6 +87,7 @@ class RobustTrainer(Trainer):
         eot: int = 1,
         votes: int = 1,
         check_samples_count: int = 128,
+        keep: Keep = "few",
     ) -> RobustnessResult:
         """Attack the test set with a suite of attacks; on any number of processes, and again from where it stopped.
 
@@ -94,7 +96,7 @@ class RobustTrainer(Trainer):
             datamodule: The data, with ``budgets`` per norm.
             ckpt_path: Checkpoint of the weights.
             weights_only: Load nothing but tensors and plain values from the checkpoint.
-            suite: Name of a suite (quick, basic) or path of a YAML file.
+            suite: Name of a suite (quick, basic, standard, thorough, paper-sr, assg) or path of a YAML file.
             out: Folder of rows and result; an interrupted run goes on from there. By default beside the checkpoints:
                 ``robustness/<checkpoint>-<suite>``.
             max_samples: Only the first so many samples.
@@ -103,6 +105,8 @@ class RobustTrainer(Trainer):
             eot: Gradients averaged per step, for stochastic models.
             votes: Forward passes whose majority decides, for stochastic models.
             check_samples_count: Samples on which all attacks run, for the honesty checks; 0 switches them off.
+            keep: all: also write the adversarial input of every sample, one file adversarial/NORM.pt per norm in ``out``;
+                few: keep some per norm, for pictures.
 
         Returns:
             The result, the same on every process.
@@ -111,7 +115,7 @@ class RobustTrainer(Trainer):
             out = Path(ckpt_path).parent.parent / "robustness" / f"{Path(ckpt_path).stem}-{Path(suite).stem}"
         attacks = RobustnessEvaluation(
             suite, max_samples=max_samples, seed=seed, check_samples_count=check_samples_count, estimator=estimator,
-            eot=eot, votes=votes, out=out,
+            eot=eot, votes=votes, out=out, keep=keep,
         )  # fmt: skip
         with self._watched_by(attacks):
             self.test(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only, verbose=False)

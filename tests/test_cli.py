@@ -1,6 +1,7 @@
 """The command line: configs that compose, runs that save themselves, evaluation from a checkpoint, clear mistakes."""
 
 import csv
+import errno
 import importlib.util
 import os
 import re
@@ -9,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
 import yaml
+from lightning_utilities.core.imports import RequirementCache
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,6 +26,7 @@ from sg_lightning.callbacks import RobustnessEvaluation, SparseGradient
 from sg_lightning.cli import COMMANDS, main, run
 from sg_lightning.datamodules import Digits
 from sg_lightning.evaluation import RobustnessResult
+from sg_lightning.evaluation.rows import RowStore
 from sg_lightning.modules import AdversarialClassifier
 from sg_lightning.threats import Linf
 from sg_lightning.trainer import RobustTrainer
@@ -117,11 +121,15 @@ def evaluate_words(trained, *more):
 
 
 def test_evaluate_on_one_and_two_processes_and_report(trained, capsys):
-    main(evaluate_words(trained))
+    main(evaluate_words(trained, "--keep", "all"))
     shown = capsys.readouterr().out
     assert "linf 2/16" in shown
     assert "union" in shown
     one = RobustnessResult.load(trained / "robustness/best-quick")
+    for norm in one.norms:
+        kept = torch.load(trained / f"robustness/best-quick/adversarial/{norm}.pt", weights_only=True)
+        assert kept["ids"].tolist() == list(range(33))
+        assert kept["success"].sum() == sum(one.broken_by(norm).values())
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     words = evaluate_words(trained, "--out", "two", "--trainer.devices=2", "--trainer.strategy=ddp")
     done = subprocess.run(
@@ -146,8 +154,11 @@ def test_configs_are_copied_and_never_over_others(capsys):
     assert "method/sr.yaml" in capsys.readouterr().out
     main(["configs", "--to", "mine"])
     assert (Path("mine/data/digits.yaml")).read_text() == (CONFIGS / "data/digits.yaml").read_text()
-    with pytest.raises(SystemExit, match="already"):
+    main(["configs", "--to", "mine"])  # what is there and the same is no mistake
+    Path("mine/data/digits.yaml").write_text("data: mine\n")
+    with pytest.raises(SystemExit, match="differs"):
         main(["configs", "--to", "mine"])
+    assert Path("mine/data/digits.yaml").read_text() == "data: mine\n"
 
 
 def test_validate_test_and_predict_from_a_saved_run(trained, capsys):
@@ -164,7 +175,7 @@ def test_validate_test_and_predict_from_a_saved_run(trained, capsys):
         assert cli.trainer.callback_metrics[f"{name}/acc"] == pytest.approx(float(right), abs=1e-6)
     main(["predict", *run_words, *quiet])
     path = trained / "predictions/best.csv"
-    assert f"Logits: {path.absolute()}" in capsys.readouterr().out.replace("\n", "")
+    assert f"Logits: {path}" in capsys.readouterr().out
     rows = list(csv.DictReader(path.open()))
     assert [int(row["id"]) for row in rows] == list(range(497))
     with torch.no_grad():
@@ -300,6 +311,7 @@ def mistake(words):
         ("--model.attack.threat.eps=8/x", "eps of Linf must be a number or a ratio like '8/255', got '8/x'"),
         ("--model.attack.threat.eps=-1", "eps of Linf must be finite and >= 0, got -1.0"),
         ("--model.attack.threat.eps=8", "eps=8.0 is wider than the domain Box [0, 1]"),
+        ("--model.attack.threat.eps=abc", "eps of Linf must be a number or a ratio like '8/255', got 'abc'"),
         ("--data.batch_size=0", "batch_size must be an integer >= 1, got 0"),
         ("--model.backbone.neuron.surrogate=triangel", "unknown surrogate 'triangel'; choose one of atan"),
         (
@@ -338,8 +350,9 @@ def test_data_and_network_that_do_not_fit():
     assert "input_size must be a multiple of 16, got 8; pad the images" in mistake(
         [*words, "--model.backbone.channels=[4,4,4,4]"]
     )
-    flips = mistake([*words, "--model.attack.threat=EventFlips", "--model.attack.threat.eps=2"])
-    assert "domain" in flips or "integers" in flips
+    assert mistake([*words, "--model.attack.threat=EventFlips", "--model.attack.threat.eps=2"]) == (
+        "x, attacked under EventFlips, has values that are not integers but its domain is Binary {0, 1}"
+    )
 
 
 def test_norms_without_a_budget_are_named(tmp_path):
@@ -352,9 +365,19 @@ def test_norms_without_a_budget_are_named(tmp_path):
                             "--trainer.callbacks.suite=suite.yaml"])  # fmt: skip
 
 
-def test_missing_data(tmp_path):
+def test_missing_data_and_network(tmp_path, monkeypatch):
     words = ["fit", *compose("cifar10", trainer="smoke"), "--data.data_dir=elsewhere"]
     assert f"{tmp_path / 'elsewhere'} lacks cifar-10-python.tar.gz" in mistake([*words, "--data.download=false"])
+
+    def unplugged(*args, **kwargs):
+        raise URLError(OSError("Temporary failure in name resolution"))
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unplugged)
+    sentence = mistake(words)
+    assert re.match(
+        r"cannot download https?://\S+ \(Temporary failure in name resolution\); check the network", sentence
+    )
+    assert sentence.endswith(f"put it at {Path('elsewhere/cifar-10-python.tar.gz')}")
 
 
 def test_damaged_checkpoints_and_rows(trained):
@@ -380,12 +403,73 @@ def test_damaged_checkpoints_and_rows(trained):
 def test_folders_that_cannot_be_written(trained):
     Path("file").write_text("in the way")  # root may write to read-only folders, but not below a file
     words = ["fit", *compose(), *TINY, *SHORT, "--trainer.callbacks=null"]
-    assert mistake([*words, "--trainer.default_root_dir=file"]).startswith("cannot write the run: ")
+    sentence = mistake([*words, "--trainer.default_root_dir=file"])
+    assert re.fullmatch(
+        r"cannot read or write \S+/file/lightning_logs: Not a directory; choose another folder", sentence
+    )
     assert "choose another out=" in mistake(evaluate_words(trained, "--out", "file/here"))
     predict = ["predict", "-c", str(trained / "config.yaml"), "--ckpt_path", str(trained / "checkpoints/best.ckpt")]
     assert "cannot write file/here.csv" in mistake([*predict, "--out", "file/here.csv"])
     assert "file/configs" in mistake(["configs", "--to", "file/configs"])
     assert Path("file").read_text() == "in the way"
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_full_disks(trained, monkeypatch):
+    words = evaluate_words(trained, "--out", "here", "--trainer.enable_progress_bar=false")
+    with monkeypatch.context() as patch:
+        patch.setattr(RowStore, "append", full_from(RowStore.append, "os.fsync", patch))
+        sentence = mistake(words)
+    assert sentence.startswith(
+        "cannot write rows to here/rows.csv: No space left on device; mend that and run the same"
+    )
+    main(words)
+    assert len(RobustnessResult.load("here").ids) == 33
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.save", lambda *args: (_ for _ in ()).throw(RuntimeError("file write failed")))
+        assert mistake(evaluate_words(trained, "--out", "there")).startswith("cannot write rows to there/rows.csv: ")
+    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", no_space)
+    assert mistake(["fit", *compose(), *TINY, *SHORT, "--trainer.callbacks=null"]) == (
+        "cannot read or write a file: No space left on device; make room, and go on from the last checkpoint or run the "
+        "same again"
+    )
+
+
+def full_from(function, name, patch):
+    """Run a function on a full disk."""
+
+    def on_full_disk(*args, **kwargs):
+        with patch.context() as full:
+            full.setattr(name, no_space)
+            return function(*args, **kwargs)
+
+    return on_full_disk
+
+
+def test_folders_without_permission(trained, monkeypatch):
+    make = Path.mkdir
+
+    def denied(path, *args, **kwargs):
+        if path.parts[0] == "locked":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        make(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", denied)  # root may write anywhere
+    assert mistake(evaluate_words(trained, "--out", "locked")) == (
+        "cannot write rows to locked: Permission denied; choose another out="
+    )
+    assert mistake(["configs", "--to", "locked"]).startswith("cannot read or write locked")
+
+
+def test_a_logger_that_is_not_installed(monkeypatch):
+    lacking = RequirementCache("not-installed-logger>=1.0")
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", lacking)
+    sentence = mistake(["fit", *compose(trainer="smoke"), *TINY, "--trainer.logger=WandbLogger"])
+    assert "Problem with" not in sentence
+    assert "not-installed-logger>=1.0' not met. HINT: Try running `pip install" in sentence
 
 
 def test_mistakes_show_where_on_demand(monkeypatch):
@@ -405,6 +489,7 @@ def test_help_of_each_command(command, capsys, monkeypatch):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"usage: sg-lightning {command} ")
+    assert command in ("report", "configs") or shown.index(f"\noptions of {command}:") < shown.index("\nhow to train:")
     assert " ".join(COMMANDS[command].split()) in " ".join(shown.split())
     assert "torch.nn." not in shown
     assert ":class:" not in shown.split("--trainer.accelerator")[0]

@@ -257,7 +257,7 @@ def overwhelming(threat: Threat, x: Input) -> Threat | None:
         return None
     if isinstance(threat, L0 | EventFlips):
         opposite = torch.where(x < (domain.low + domain.high) / 2, domain.high, domain.low)
-        return threat.with_eps(float(int(threat.size(opposite, x)[0])))
+        return threat.with_eps(int(threat.size(opposite, x)[0]))
     for norm, unit in ((Linf, 1.0), (L2, values**0.5), (L1, values)):
         if isinstance(threat, norm):
             return threat.with_eps(domain.width / 2 * unit)

@@ -264,12 +264,15 @@ class RobustnessResult:
         return self._data == other._data
 
     def metrics(self) -> dict[str, float]:
-        """Return every figure under a stable name, e.g. ``robust/linf_8_255/acc``, for loggers."""
+        """Return every figure under a stable name, e.g. ``robust/linf_8_255/acc``, for loggers.
+
+        Perturbations that no sensor can produce say so: ``robust/infeasible/relaxed_linf_0p1/acc``.
+        """
         found = {"robust/clean/acc": self.clean, "robust/union/acc": self.union()}
         found["robust/min/acc"] = min(self.accuracy(norm) for norm in self.counted_norms)
         for entry in self.suite.entries:
             norm, eps = entry.norm, entry.eps
-            key = f"robust/{metric_key(norm, eps)}"
+            key = f"robust/{'infeasible/' if is_relaxed(norm) else ''}{metric_key(norm, eps)}"
             found[f"{key}/acc"] = self.accuracy(norm, eps)
             control = self.random_accuracy(norm, eps)
             if not math.isnan(control):

@@ -245,8 +245,9 @@ def _reading(results: Results, baseline: str, *, gradients: bool) -> str:
         ),
         (
             "The norm says what the attacker may do. L∞: change every input a little; L2: a total change measured as a "
-            "distance; L1: a total amount of change; L0: change few inputs, but those at will. A defence against one of "
-            "them need not help against another."
+            "distance; L1: a total amount of change; L0: change few inputs, but those at will; "
+            "flips: add or delete single events; retiming: move spikes in time. A defence against one of them need not help "
+            "against another."
         ),
         "The union asks for a right answer under every norm at once. It is the figure to trust if the attacker is free.",
         (

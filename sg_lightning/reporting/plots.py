@@ -115,7 +115,8 @@ def norm_matrix(results: Results) -> Figure:
                 j, i, "–" if math.isnan(value) else f"{value:.1f}", ha="center", va="center", fontsize=11.5,
                 color="white" if value > 72 else style.INK, fontweight="bold" if best else "normal",
             )  # fmt: skip
-    labels = [f"{c.label}\nε = {c.eps}" if c.eps else c.label.replace(" ", "\n") for c in columns]
+    heads = [c.label.replace(" (", "\n(") if c.eps else c.label.replace(" ", "\n") for c in columns]
+    labels = [f"{head}\nε = {c.eps}" if c.eps else head for head, c in zip(heads, columns, strict=True)]
     style.dress(axes, grid=None)
     axes.xaxis.tick_top()
     axes.set_xticks(range(len(columns)), [style.plain(label) for label in labels], fontsize=10)

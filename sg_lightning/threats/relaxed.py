@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sg_lightning.domains import Box
 from sg_lightning.threats.base import SingleThreat
@@ -26,6 +26,10 @@ class _Relaxed(SingleThreat):
     def __post_init__(self) -> None:
         object.__setattr__(self, "domain", Box(self.domain.low, self.domain.high))
         super().__post_init__()
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain data that identifies this threat, and says that it is infeasible."""
+        return {**super().describe(), "infeasible": True}
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,8 @@ def best_within_reach(spikes: Tensor, value: Tensor, reach: int) -> Tensor:
     """
     found = spikes.clone()
     busy = spikes.any(-1)
+    if not bool(busy.any()):
+        return found
     trains, worth = spikes[busy], value[busy]
     best = trains.clone()
     count = trains.sum(-1, keepdim=True)

@@ -1,5 +1,6 @@
 """Evaluation on spikes: shares in rows, timing budgets, relaxed norms that are marked and left out of the union."""
 
+import json
 from typing import ClassVar
 
 import numpy as np
@@ -80,7 +81,9 @@ def test_figures_under_shares(result):
     assert result.accuracy("flips", "5%") >= result.accuracy("flips", "15%") == result.accuracy("flips", 0.15)
     assert [point[0] for point in result.curve("flips")] == [0.0, 0.05, 0.15]
     names = result.metrics()
-    assert {"robust/flips_15pct/acc", "robust/retime_0_10pct/acc", "robust/relaxed_linf_0p5/acc"} <= set(names)
+    assert {"robust/flips_15pct/acc", "robust/retime_0_10pct/acc", "robust/infeasible/relaxed_linf_0p5/acc"} <= set(
+        names
+    )
     assert "flips 15%" in result.table()
     with pytest.raises(ValueError, match="was not measured"):
         result.accuracy("flips", "2%")
@@ -102,6 +105,9 @@ def test_figures_survive_saving_and_batching(result, suite, tmp_path):
     again = evaluate(Net(), data(), suite, budgets=BUDGETS, domain=Binary(), progress=False, batch_size=5, out=tmp_path)
     assert sorted(again.rows, key=repr) == sorted(result.rows, key=repr)
     assert RobustnessResult.load(tmp_path).table() == result.table()
+    entries = json.loads((tmp_path / "result.json").read_text())["suite"]["content"]["entries"]
+    for threat in (entry["threat"] for entry in entries):
+        assert threat.get("infeasible", False) == threat["norm"].startswith("relaxed_")
 
 
 def test_relaxed_norms_alone_make_a_union_of_their_own():
