@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import logging
 import os
 import shutil
 import sys
@@ -262,6 +263,11 @@ def configs(args: Sequence[str]) -> None:
     print(f"{len(found)} configs in {given.to}")
 
 
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    """Drop Lightning's tip to install another product of its makers."""
+    return "litlogger" not in record.getMessage()
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; mistakes are said in one sentence."""
     words = sys.argv[1:] if args is None else list(args)
@@ -272,6 +278,7 @@ def main(args: Sequence[str] | None = None) -> None:
         ]
         print(HELP.format(commands="\n".join(lines)), end="")
         return
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     for noise in NOISE:
         warnings.filterwarnings("ignore", noise)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,7 +118,9 @@ class RobustTrainer(Trainer):
             suite, max_samples=max_samples, seed=seed, check_samples_count=check_samples_count, estimator=estimator,
             eot=eot, votes=votes, out=out, keep=keep,
         )  # fmt: skip
-        with self._watched_by(attacks):
+        with self._watched_by(attacks), warnings.catch_warnings():
+            # Of the samples that the sampler repeats, so that all processes have equally many, each counts once.
+            warnings.filterwarnings("ignore", "Using `DistributedSampler`")
             self.test(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only, verbose=False)
         if attacks.result is None:
             raise ValueError("the test set is empty, or limit_test_batches left nothing of it: nothing was attacked")

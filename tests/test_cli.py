@@ -137,6 +137,8 @@ def test_evaluate_on_one_and_two_processes_and_report(trained, capsys):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("union") == 1  # rank 0 only
+    assert "DistributedSampler" not in done.stderr
+    assert "litlogger" not in done.stderr
     two = RobustnessResult.load("two")
     assert len(one.ids) == len(two.ids) == 33
     assert len(one.rows) == len(two.rows)

@@ -123,6 +123,7 @@ def test_bfloat16(method, tmp_path):
     assert min(distance, key=distance.get) == (method, WEIGHT)
 
 
+@pytest.mark.slow  # three compilations
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 def test_compiled_backbone(tmp_path):
     _, (one,) = trained("AT+SR", tmp_path, Spiking(), processes=1)
