@@ -51,6 +51,7 @@ test-adapters: $(LIBRARIES)/.ready
 benchmark-attacks: $(LIBRARIES)/.ready
 	$(LIBRARIES)/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt adversarial-robustness-toolbox==1.20.1
 	OMP_NUM_THREADS=1 $(LIBRARIES)/bin/python benchmarks/attacks.py --docs docs/attacks.md
+	OMP_NUM_THREADS=1 $(LIBRARIES)/bin/python benchmarks/cascade.py --samples 32 --docs docs/attacks.md
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
