@@ -158,39 +158,44 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw robust accuracy against the time ratio, one panel per event."""
+    """Draw the time relative to ours with its range as bars, labelled with robust accuracy; one panel per event."""
     from matplotlib.figure import Figure
 
     from sg_lightning.reporting.style import looks
 
     panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in results["records"]:
-        panels.setdefault((record["subject"], record["event"]), []).append(record)
-    names = dict.fromkeys(record["contestant"].split(" ")[0].rstrip(",") for record in results["records"])
-    look = looks(names)
-    columns = 4
+        if record["ratio"]:
+            panels.setdefault((record["subject"], record["event"]), []).append(record)
+    look = looks(dict.fromkeys(_library(record) for record in results["records"]))
+    columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.1 * columns, 2.9 * rows), layout="constrained")
+    figure = Figure(figsize=(4.4 * columns, 2.6 * rows + 0.6), layout="constrained")
     for number, ((subject, event), records) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, number)
-        for record in records:
-            shape = look[record["contestant"].split(" ")[0].rstrip(",")]
-            own = record["ratio"] or [seconds / min(record["seconds"]) for seconds in record["seconds"]]
-            drops = "no early drop" in record["contestant"]
-            axes.plot(
-                median(own), median(record["robust"]), shape.marker, color=shape.colour, markersize=7,
-                markerfacecolor="none" if drops else shape.colour,
+        for place, record in enumerate(records):
+            middle, low, high = median(record["ratio"]), min(record["ratio"]), max(record["ratio"])
+            colour = look[_library(record)].colour
+            plain = "no early drop" in record["contestant"]
+            axes.barh(
+                place, middle, xerr=[[middle - low], [high - middle]], height=0.65, edgecolor=colour,
+                color="none" if plain else colour, error_kw={"linewidth": 1, "capsize": 2},
             )  # fmt: skip
+            axes.text(high, place, f"  {median(record['robust']):.3f}", va="center", fontsize=8)
+        axes.set_yticks(range(len(records)), [record["contestant"] for record in records], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.25 * max(max(record["ratio"]) for record in records))
+        axes.axvline(1, color="black", linewidth=0.7, linestyle=":")
         axes.set_title(f"{subject}: {event}", fontsize=9)
-        axes.set_xlim(left=0)
-        axes.margins(y=0.3)
-        axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=7)
-    figure.supxlabel("CPU time relative to ours (hollow: ours without early drop)", fontsize=9)
-    figure.supylabel("robust accuracy: lower is the stronger attack", fontsize=9)
-    handles = [figure.axes[0].plot([], [], look[name].marker, color=look[name].colour, label=name)[0] for name in names]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(names), fontsize=8, frameon=False)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Robust accuracy (numbers at the bars): lower is the stronger attack", fontsize=10)
+    figure.supxlabel("CPU time relative to ours: median and range of rounds", fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+def _library(record: dict[str, Any]) -> str:
+    return record["contestant"].split(" ")[0].rstrip(",")
 
 
 def write(results: dict[str, Any], folder: Path) -> None:

@@ -13,9 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sg_lightning.recipes import Storable
+
 Lattice = Literal["binary", "count"]
 
 
+@Storable.register
 @dataclass(frozen=True)
 class Domain:
     """A box, optionally restricted to its integer points.

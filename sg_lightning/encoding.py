@@ -13,8 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from sg_lightning.recipes import Recorded
 
-class Encoding(nn.Module, ABC):
+
+class Encoding(Recorded, nn.Module, ABC):
     """Base of all encodings: (B, ...) to (T, B, ...).
 
     Args:

@@ -1,26 +1,77 @@
-"""A Trainer that can also evaluate robustness, for the command line."""
+"""A Trainer that also evaluates robustness and writes predictions, for the command line."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from sg_lightning.attacks import Estimator
-from sg_lightning.callbacks import RobustnessEvaluation
+from sg_lightning.callbacks import PredictionWriter, RobustnessEvaluation
 from sg_lightning.evaluation import RobustnessResult
+from sg_lightning.evaluation.adversarial import Keep
 
 
 class RobustTrainer(Trainer):
-    """:class:`lightning.pytorch.Trainer` with :meth:`evaluate`; takes the same arguments.
+    """Lightning's Trainer, which also attacks and writes predictions; its arguments are the same.
 
     Attributes:
         result: What the last evaluation found.
         result_folder: Where it was written.
+        predictions: File of the last predictions.
     """
 
     result: RobustnessResult | None = None
     result_folder: Path | None = None
+    predictions: Path | None = None
+
+    def predict(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        out: str | Path | None = None,
+    ) -> Any:
+        """Compute the logits of every test sample and write them as a CSV file.
+
+        Args:
+            model: The module.
+            dataloaders: Loaders; or give ``datamodule``.
+            datamodule: The data; its ``predict_dataloader`` gives the test samples.
+            return_predictions: Also return the logits, batch by batch; on by default but with forked processes.
+            ckpt_path: Checkpoint of the weights.
+            weights_only: Load nothing but tensors and plain values from the checkpoint.
+            out: The file: columns id, prediction, logit_0, logit_1, ... By default beside the checkpoints:
+                ``predictions/<checkpoint>.csv``; without a checkpoint nothing is written.
+
+        Returns:
+            The logits of each batch, if asked for.
+        """
+        if out is None and ckpt_path is not None and Path(ckpt_path).is_file():
+            out = Path(ckpt_path).parent.parent / "predictions" / f"{Path(ckpt_path).stem}.csv"
+        writer = [PredictionWriter(out)] if out is not None else []
+        with self._watched_by(*writer):
+            logits = super().predict(
+                model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only=weights_only
+            )
+        self.predictions = None if out is None else Path(out)
+        return logits
+
+    @contextmanager
+    def _watched_by(self, *more: Callback) -> Iterator[None]:
+        """Add callbacks inside the block, in place of those that watched robustness during the training."""
+        before = self.callbacks  # type: ignore[has-type]
+        self.callbacks = [c for c in before if not isinstance(c, RobustnessEvaluation)] + list(more)
+        try:
+            yield
+        finally:
+            self.callbacks = before
 
     def evaluate(
         self,
@@ -36,6 +87,7 @@ class RobustTrainer(Trainer):
         eot: int = 1,
         votes: int = 1,
         check_samples_count: int = 128,
+        keep: Keep = "few",
     ) -> RobustnessResult:
         """Attack the test set with a suite of attacks; on any number of processes, and again from where it stopped.
 
@@ -44,7 +96,7 @@ class RobustTrainer(Trainer):
             datamodule: The data, with ``budgets`` per norm.
             ckpt_path: Checkpoint of the weights.
             weights_only: Load nothing but tensors and plain values from the checkpoint.
-            suite: Name of a suite (quick, basic) or path of a YAML file.
+            suite: Name of a suite (quick, basic, standard, thorough, paper-sr, assg) or path of a YAML file.
             out: Folder of rows and result; an interrupted run goes on from there. By default beside the checkpoints:
                 ``robustness/<checkpoint>-<suite>``.
             max_samples: Only the first so many samples.
@@ -53,6 +105,8 @@ class RobustTrainer(Trainer):
             eot: Gradients averaged per step, for stochastic models.
             votes: Forward passes whose majority decides, for stochastic models.
             check_samples_count: Samples on which all attacks run, for the honesty checks; 0 switches them off.
+            keep: all: also write the adversarial input of every sample, one file adversarial/NORM.pt per norm in ``out``;
+                few: keep some per norm, for pictures.
 
         Returns:
             The result, the same on every process.
@@ -61,15 +115,10 @@ class RobustTrainer(Trainer):
             out = Path(ckpt_path).parent.parent / "robustness" / f"{Path(ckpt_path).stem}-{Path(suite).stem}"
         attacks = RobustnessEvaluation(
             suite, max_samples=max_samples, seed=seed, check_samples_count=check_samples_count, estimator=estimator,
-            eot=eot, votes=votes, out=out,
+            eot=eot, votes=votes, out=out, keep=keep,
         )  # fmt: skip
-        # Those that watched the training have done their part.
-        before = self.callbacks  # type: ignore[has-type]
-        self.callbacks = [c for c in before if not isinstance(c, RobustnessEvaluation)] + [attacks]
-        try:
+        with self._watched_by(attacks):
             self.test(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=weights_only, verbose=False)
-        finally:
-            self.callbacks = before
         if attacks.result is None:
             raise ValueError("the test set is empty, or limit_test_batches left nothing of it: nothing was attacked")
         self.result, self.result_folder = attacks.result, attacks.out

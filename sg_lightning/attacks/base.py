@@ -14,6 +14,7 @@ from typing_extensions import Self  # typing has it from Python 3.11
 from sg_lightning.attacks.estimators import Estimator
 from sg_lightning.attacks.oracle import Gradient, Oracle
 from sg_lightning.inputs import Input, assign, batch_size, detached, device_of, select, tensors
+from sg_lightning.recipes import Storable
 from sg_lightning.sampling import SampleGenerator, as_sample_generator
 from sg_lightning.threats import Threat
 
@@ -123,6 +124,7 @@ class Progress:
         )  # fmt: skip
 
 
+@Storable.register
 @dataclass(frozen=True)
 class Attack(ABC):
     """Base of all attacks. Frozen: the same object attacks any model under any domain.

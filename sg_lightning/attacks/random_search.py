@@ -37,6 +37,7 @@ class RandomSearch(Attack):
     queries: int = 5000
     loss: str = "margin"
     gradient_free: ClassVar[bool] = True
+    sideways: ClassVar[bool] = False  # True: a change that leaves the loss as it is replaces the point too
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +75,7 @@ class RandomSearch(Attack):
             found = self._propose(at, query, fork) if query else self._start(at, fork)
             loss, wrong = value(oracle, found["point"], at.y, self.loss)
             progress.record(at.index, found["point"], loss, wrong, query + 1, 1)
-            better = loss > at.loss if query else torch.ones_like(wrong)
+            better = torch.ones_like(wrong) if query == 0 else loss >= at.loss if self.sideways else loss > at.loss
             for name, part in {**found, "loss": loss}.items():
                 setattr(at, name, where(better, part, getattr(at, name)) if query else part)
             if early_drop:

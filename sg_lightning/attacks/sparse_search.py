@@ -111,7 +111,8 @@ class FlipSearch(_SparseSearch):
     A change adds an event to a cell drawn evenly from those with room, or deletes an event drawn evenly from those
     there are; where the threat allows both, with equal chance, so that the few events of a sparse raster are tried as
     often as its many empty cells. Each query draws some changes anew, fewer and fewer by the schedule of Sparse-RS.
-    On counts several changes may meet in a cell and each counts; nothing is clamped but to the domain.
+    On counts several changes may meet in a cell and each counts; nothing is clamped but to the domain. A change that
+    leaves the loss as it is is kept: spikes answer in steps, and two changes of one bit are worth as much as one.
 
     Args:
         threat: An ``EventFlips`` threat.
@@ -129,6 +130,7 @@ class FlipSearch(_SparseSearch):
 
     threat: EventFlips
     kind: ClassVar[str] = "flip_search"
+    sideways: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -70,15 +70,14 @@ class Substitute(Attack):
         self, oracle: Oracle, x: Input, y: Tensor, noise: SampleGenerator, progress: Progress, early_drop: bool
     ) -> None:
         usable = oracle.estimator is not None and oracle.estimator.refusal(self.model) is None
-        substitute = replace(
-            oracle, model=self.model, estimator=oracle.estimator if usable else None, counts=Counts(), health=Health()
-        )
-        crafted = self.attack.run(substitute, x, y, generator=noise, goal="loss")
-        if oracle.classes and substitute.classes != oracle.classes:
+        estimator = self.attack.estimator or (oracle.estimator if usable else None)
+        substitute = replace(oracle, model=self.model, estimator=estimator, counts=Counts(), health=Health())
+        crafted = replace(self.attack, estimator=None).run(substitute, x, y, generator=noise, goal="loss")
+        loss, wrong = value(oracle, crafted.x_adv, y, "margin")
+        if substitute.classes != oracle.classes:
             raise ValueError(
                 f"the substitute {self.label!r} has {substitute.classes} classes, the model {oracle.classes}"
             )
-        loss, wrong = value(oracle, crafted.x_adv, y, "margin")
         progress.record(torch.arange(len(y), device=y.device), crafted.x_adv, loss, wrong, 1, 1)
 
     def with_threat(self, threat: Threat) -> Self:

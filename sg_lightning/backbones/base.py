@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sg_lightning.domains import Box, Domain
 from sg_lightning.encoding import Direct, Encoding
 from sg_lightning.neurons import LIF, SpikingNeuron
+from sg_lightning.recipes import Recorded
 
 
 def over_time(layer: nn.Module, x: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def initialise(network: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class Backbone(nn.Module, ABC):
+class Backbone(Recorded, nn.Module, ABC):
     """A network from inputs in their natural units to logits; to bring your own, subclass it and write ``logits``.
 
     Encoding, normalisation and repetition over time happen inside, no state survives a call, and sample i of the

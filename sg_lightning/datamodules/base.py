@@ -10,9 +10,10 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from sg_lightning.domains import Box, Domain
+from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import Budget
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -48,22 +49,59 @@ class ByteImages(Dataset[Batch]):
         return ByteImages(self.images[index], self.labels[index], self.levels)
 
 
-class SeededShuffle(RandomSampler):
-    """Draw an order that depends on seed and epoch only, so that a resumed run sees the batches it would have seen."""
+class SeededShuffle(DistributedSampler[Batch]):
+    """Draw an order that depends on seed and epoch only, so that a resumed run sees the batches it would have seen.
 
-    def __init__(self, data: ByteImages, seed: int) -> None:
-        super().__init__(data)
-        self.seed = seed
-        self.epoch = 0
+    Processes take turns in that order, so that N of them see the batches of one with N times the batch size; a few
+    samples come twice where the shares would be unequal. Being a DistributedSampler, Lightning leaves it in place.
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; Lightning calls it."""
-        self.epoch = epoch
+    Args:
+        data: What to shuffle.
+        seed: Seed of the orders.
+        processes: Number of processes.
+        rank: Number of this process.
 
-    def __iter__(self) -> Iterator[int]:
+    Attributes:
+        skip: Samples that the next iteration leaves out at its start.
+    """
+
+    def __init__(self, data: ByteImages, seed: int, processes: int = 1, rank: int = 0) -> None:
+        super().__init__(data, processes, rank, seed=seed)
+        self.skip = 0
+
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override] # torch's types say samples, it gives indices
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        self.epoch += 1
-        return iter(torch.randperm(len(self.data_source), generator=generator).tolist())
+        order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+        order = order.repeat(-(-self.total_size // len(order)))[: self.total_size]
+        start, self.skip = self.skip, 0
+        self.epoch += 1  # Lightning calls set_epoch, other loops need not
+        return iter(order[self.rank :: self.num_replicas][start:].tolist())
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """A loader that a checkpoint can continue in the middle of an epoch; Lightning asks for its state.
+
+    Its workers start, and the order is drawn, with the first batch: Lightning makes the iterator of the first epoch
+    before it says which epoch that is.
+    """
+
+    _start = 0
+    _given = 0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self._given, self._start = self._start, 0
+        self.sampler.skip = self._given * (self.batch_size or 1)  # type: ignore[attr-defined]
+        for batch in super().__iter__():
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how many batches of the epoch were given."""
+        return {"batches": self._given % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Leave these batches out of the next epoch."""
+        self._start = state["batches"]
 
 
 class ImageData(LightningDataModule):
@@ -174,51 +212,55 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return training batches, shuffled anew every epoch; a new loader starts the same orders again."""
-        return self._loader(self.train_set, SeededShuffle(self.train_set, self.seed))
+        processes, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        sampler = SeededShuffle(self.train_set, self.seed, processes, rank)
+        return ResumableLoader(self.train_set, sampler=sampler, **self._options())
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return validation batches in a fixed order."""
-        return self._loader(self.val_set)
+        return DataLoader(self.val_set, **self._options())
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Return test batches in a fixed order: the index of an image in it is its id."""
-        return self._loader(self.test_set)
+        return DataLoader(self.test_set, **self._options())
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Return the test batches."""
         return self.test_dataloader()
 
-    def _loader(self, data: ByteImages, sampler: SeededShuffle | None = None) -> DataLoader[Batch]:
-        return DataLoader(
-            data,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            collate_fn=_as_it_is,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def _options(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "collate_fn": _as_it_is,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment training batches."""
-        if not self.augment or self.trainer is None or not self.trainer.training:
+        """Augment training batches, by draws that depend on seed, epoch and place in the batch of all processes."""
+        trainer = self.trainer
+        if not self.augment or trainer is None or not trainer.training:
             return batch
         x, y = batch
-        return augmented(x, self.shift, self.mirror), y
+        place = torch.arange(len(y)) * trainer.world_size + trainer.global_rank
+        step = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        noise = SampleGenerator.from_ids(self.seed, place).fork("augment", *step)
+        return augmented(x, self.shift, self.mirror, noise), y
 
 
-def augmented(x: Tensor, shift: int, mirror: bool) -> Tensor:
+def augmented(x: Tensor, shift: int, mirror: bool, noise: SampleGenerator) -> Tensor:
     """Shift each image of a batch (B, C, H, W) by its own offset, filling with zeros, and mirror half of them."""
     size, _, height, width = x.shape
     if shift:
-        moved = torch.randint(0, 2 * shift + 1, (2, size, 1), device=x.device)
+        moved = noise.fork("shift").uniform(x.new_empty(size, 2), high=2 * shift + 1).long().t().unsqueeze(2)
         rows = moved[0] + torch.arange(height, device=x.device)
         columns = moved[1] + torch.arange(width, device=x.device)
         batch = torch.arange(size, device=x.device).view(-1, 1, 1)
         # Indexing around the channels puts them last.
         x = pad(x, [shift] * 4)[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
     if mirror:
-        chosen = torch.rand(size, device=x.device) < 0.5
+        chosen = noise.fork("mirror").uniform(x.new_empty(size, 1)) < 0.5
         x = torch.where(chosen.view(-1, 1, 1, 1), x.flip(-1), x)
     return x
 

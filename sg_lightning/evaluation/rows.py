@@ -158,7 +158,11 @@ class RowStore:
 def write_examples(path: Path, examples: Sequence[dict[str, Any]]) -> None:
     """Write adversarial examples, atomically."""
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(list(examples), temporary)
+    try:
+        torch.save(list(examples), temporary)
+    except RuntimeError as error:  # torch.save turns a full disk into one
+        temporary.unlink(missing_ok=True)
+        raise OSError(str(error).strip()) from error
     temporary.replace(path)
 
 

@@ -41,7 +41,8 @@ class AdversarialTraining(_Host):
 
     Raises:
         ValueError: if the attack may leave the domain of the backbone or is a minimal-norm attack, or on an unknown
-            ``crafting_mode``; before training, under a strategy that splits the weights over processes.
+            ``crafting_mode``; before training, under a strategy that splits the weights over processes; on a first batch
+            that is outside the threat's domain, e.g. images under a threat on events.
 
     Source:
         Madry et al., "Towards deep learning models resistant to adversarial attacks", arXiv 1706.06083.
@@ -68,6 +69,10 @@ class AdversarialTraining(_Host):
 
     def loss_inputs(self, x: Input, y: Tensor) -> list[Input]:
         """Return the attacked version of every point that the class behind the mixin would train on."""
+        threat = self.attack.threat
+        domain = getattr(threat, "domain", None)
+        if "train" not in self._checked and isinstance(domain, Domain) and isinstance(x, Tensor):
+            domain.check(x.detach(), f"x, attacked under {type(threat).__name__},")
         return [self.craft(point, y) for point in super().loss_inputs(x, y)]
 
     @torch.compiler.disable

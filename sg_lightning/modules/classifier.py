@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -17,7 +17,10 @@ from torchmetrics import Metric
 
 from sg_lightning.backbones import Backbone
 from sg_lightning.inputs import Input
+from sg_lightning.modules import checkpoints
 from sg_lightning.modules.checks import check_inputs, check_outputs, unpack
+from sg_lightning.recipes import Recorded
+from sg_lightning.sampling import SampleGenerator
 
 
 class SampleMean(Metric):
@@ -49,12 +52,16 @@ def adamw(params: Iterable[Any]) -> torch.optim.AdamW:
     return torch.optim.AdamW(params, lr=1e-3)
 
 
-class SpikingClassifier(LightningModule):
+class SpikingClassifier(Recorded, LightningModule):
     """Train a backbone with cross-entropy.
 
     Logs ``{train,val,test}/{loss,acc}`` once per epoch, exact over batches of any size and over processes. Under
     adversarial training ``train/*`` refers to the inputs trained on. The first batch of each stage is checked: shapes,
     labels in range, no NaN, values in the domain of the backbone, logits rather than probabilities.
+
+    A checkpoint holds the settings of its parts too, so :meth:`load_from_checkpoint` needs the path only, and training
+    goes on from it exactly (``trainer.fit(module, data, ckpt_path=...)``): what is random in a training step follows from
+    the seed, the epoch and the batch. See :meth:`on_train_batch_start`.
 
     Mixins override :meth:`loss_inputs`. Calling ``self(x)`` on the way to a loss marks ``x`` as a point of that loss,
     where :class:`~sg_lightning.callbacks.SparseGradient` takes its penalty; other uses of the network within a step go
@@ -88,7 +95,7 @@ class SpikingClassifier(LightningModule):
             raise TypeError(f"backbone must be a torch.nn.Module from inputs to logits, got {type(backbone).__name__}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        self.save_hyperparameters()
+        self.save_hyperparameters(self.arguments()[0])  # for loggers
         self.backbone = backbone
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -96,6 +103,8 @@ class SpikingClassifier(LightningModule):
         names = [f"{stage}_{what}" for stage in ("train", "val", "test") for what in ("loss", "acc")]
         self.means = nn.ModuleDict({name: SampleMean() for name in names})
         self._checked: set[str] = set()
+        self._step_seed: int | None = None
+        self._forgotten: dict[str, str] = {}
 
     def forward(self, x: Input) -> Tensor:
         """Return logits (B, K)."""
@@ -152,6 +161,11 @@ class SpikingClassifier(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser and, if any, the scheduler."""
+        for name, reason in self._forgotten.items():
+            rank_zero_warn(
+                f"this module comes from a checkpoint that could not store its {name} ({reason}), so the default is used; "
+                f"pass it to load_from_checkpoint, as a class or a functools.partial of one if it is to be stored"
+            )
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
@@ -161,51 +175,69 @@ class SpikingClassifier(LightningModule):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
 
+    def on_fit_start(self) -> None:
+        """Choose the seed of the training steps: the one that the process has, or that of the checkpoint it resumes."""
+        if self._step_seed is None:
+            self._step_seed = self.trainer.strategy.broadcast(torch.initial_seed())
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed torch anew: dropout, random starts and spikes of a step follow from seed, epoch and batch.
+
+        So a run that goes on from a checkpoint, also from the middle of an epoch, is the uninterrupted one to the bit,
+        whatever was drawn in between; and all processes stay in step.
+        """
+        key = SampleGenerator.from_ids(self._step_seed or 0, [0])
+        torch.manual_seed(int(key.fork("step", self.current_epoch, batch_idx).keys))
+
+    def on_fit_end(self) -> None:
+        """Forget the seed."""
+        self._step_seed = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store how to build the module, and the seed of its training steps."""
+        checkpoints.write(self, checkpoint, self._forgotten)
+        checkpoint["step_seed"] = self._step_seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the seed of the run that wrote the checkpoint."""
+        self._step_seed = checkpoint.get("step_seed")
+
     @classmethod
-    def _stored(cls, checkpoint_path: Any) -> type[SpikingClassifier]:
-        """Return the subclass that a checkpoint names, if it is one of ``cls`` and imported; else ``cls``."""
-        if not isinstance(checkpoint_path, (str, Path)) or not Path(checkpoint_path).is_file():
-            return cls
-        content = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
-        name = content.get("hyper_parameters", {}).get("_class_path", "").rsplit(".", 1)[-1]
-        kinds, found = [cls], [cls]
-        while kinds:
-            kinds = [kind for parent in kinds for kind in parent.__subclasses__()]
-            found += [kind for kind in kinds if kind.__name__ == name]
-        return found[-1]
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = "cpu",
+        *,
+        strict: bool | None = None,
+        weights_only: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a module from a checkpoint: built as it was, in Python or from a config, from the path alone.
 
-    def _set_hparams(self, hp: MutableMapping[str, Any]) -> None:  # type: ignore[override]
-        # Live networks and callables cannot be stored: weights_only loading refuses them, for trainer.test(ckpt_path=)
-        # too. Under LightningCLI the values are the plain config of the same objects, so nothing is lost there.
-        super()._set_hparams({key: value for key, value in hp.items() if _is_plain(value)})
+        Args:
+            checkpoint_path: A file, a URL that fsspec knows, or a file-like object.
+            map_location: Device of the weights, as in ``torch.load``.
+            strict: Whether the weights must fit exactly; by default what the module's ``strict_loading`` says.
+            weights_only: Refuse anything but tensors and plain values in the file. ``False`` runs code from it.
+            **kwargs: Arguments of the constructor; they take precedence over the stored ones.
 
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a module from a checkpoint; arguments as for :class:`lightning.pytorch.LightningModule`.
-
-        A checkpoint of the command line says which subclass it holds, and that is what is returned.
+        Returns:
+            A module of the class that was saved if it is a kind of this one, else of this one.
 
         Raises:
-            TypeError: if the checkpoint does not say how to build a part, such as the backbone of a module that was
-                built in Python.
+            TypeError: if the checkpoint does not say how to build a part, such as a backbone that is not a
+                :class:`~sg_lightning.backbones.Backbone`; pass it then.
+            ValueError: if the file is damaged, or names a class that is not imported or not allowed: the rule, by which a
+                checkpoint cannot run code, is that of :mod:`sg_lightning.recipes`.
         """
-        try:
-            return super(SpikingClassifier, cls._stored(checkpoint_path)).load_from_checkpoint(
-                checkpoint_path, *args, **kwargs
-            )
-        except TypeError as error:
-            if "missing" not in str(error):
-                raise
-            raise TypeError(
-                f"the checkpoint {checkpoint_path} holds the weights but not the settings of every part of "
-                f"{cls.__name__} ({error}), because it was built in Python; build them as they were and pass them: "
-                f"{cls.__name__}.load_from_checkpoint(path, backbone=net)"
-            ) from error
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_is_plain(v) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(v) for v in value)
-    return value is None or isinstance(value, (bool, int, float, str))
+        content = checkpoints.read(checkpoint_path, map_location, weights_only)
+        kind = checkpoints.kind_of(content, cls)
+        built, forgotten = checkpoints.rebuild(content, kind, kwargs, checkpoint_path)
+        module = kind(**built, **kwargs)
+        module.configure_model()
+        module.on_load_checkpoint(content)
+        weights = content["state_dict"]
+        module.load_state_dict(weights, strict=module.strict_loading if strict is None else strict)
+        module._forgotten = forgotten
+        module._step_seed = None  # a new fit of loaded weights is another run
+        return module.to(next((value.device for value in weights.values()), None))

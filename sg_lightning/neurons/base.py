@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sg_lightning.neurons import surrogates
 from sg_lightning.neurons.surrogates import Surrogate
+from sg_lightning.recipes import Recorded
 
 if TYPE_CHECKING:
     from sg_lightning.neurons.rules import BackwardRule
@@ -37,7 +38,7 @@ class Dynamics:
         return self.reset == "subtract" and self.reset_delay
 
 
-class SpikingNeuron(nn.Module):
+class SpikingNeuron(Recorded, nn.Module):
     """Base of every module whose backward pass uses a surrogate gradient.
 
     Attributes:

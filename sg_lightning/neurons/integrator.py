@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sg_lightning.neurons.base import check_sequence, checked_parameter, compute_dtype
+from sg_lightning.recipes import Recorded
 
 Readout = Literal["mean", "last", "max", "sum"]
 
 
-class LeakyIntegrator(nn.Module):
+class LeakyIntegrator(Recorded, nn.Module):
     """Read logits from membranes that leak and never fire: v_t = beta v_{t-1} + x_t.
 
     Args:

@@ -28,7 +28,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sg_lightning.recipes import Storable
 
+
+@Storable.register
 class Surrogate:
     """Base of all surrogate gradients; immutable, elementwise, compared by value.
 

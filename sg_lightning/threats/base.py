@@ -14,6 +14,7 @@ from typing_extensions import Self  # typing has it from Python 3.11
 
 from sg_lightning.domains import Domain
 from sg_lightning.inputs import Input, batch_size, device_of
+from sg_lightning.recipes import Storable
 from sg_lightning.sampling import SampleGenerator
 
 TOLERANCE = 1e-6  # relative, for float32 budgets
@@ -55,6 +56,7 @@ def metric_key(norm: str, eps: float | str) -> str:
     return f"{norm}_{re.sub(r'[^A-Za-z0-9_-]', '_', str(eps).replace('.', 'p').replace('%', 'pct'))}"
 
 
+@Storable.register
 @dataclass(frozen=True)
 class Threat(ABC):
     """The perturbations an attacker may make. Subclasses are frozen: data, not code of an attack.

@@ -30,8 +30,9 @@ class Joint(Threat):
     norm: ClassVar[str] = "joint"
     threats: tuple[tuple[str, Threat], ...] = ()
 
-    def __init__(self, threats: Mapping[str, Threat]) -> None:
+    def __init__(self, threats: Mapping[str, Threat] | tuple[tuple[str, Threat], ...]) -> None:
         super().__init__(eps=1)
+        threats = dict(threats)
         if not threats:
             raise ValueError("Joint needs at least one modality, e.g. Joint({'image': Linf('8/255')})")
         for name, threat in threats.items():

@@ -184,7 +184,7 @@ def test_every_point_is_that_of_the_paper(attack):
     seen = torch.stack(net.seen[:steps])
     turned = 0
     for k in range(4):
-        follow = {"ddn": follow_ddn, "fmn": follow_fmn, "sigma-zero": follow_sigma_zero}[attack.kind]
+        follow = {"ddn": follow_ddn, "fmn": follow_fmn, "sigma_zero": follow_sigma_zero}[attack.kind]
         paper = torch.stack(follow(Net(), x[k], y[k], steps, *(() if attack.kind == "ddn" else (attack.threat,))))
         assert torch.allclose(seen[:, k], paper, atol=1e-7)
         turned += len(set((Net()(paper).argmax(1) != y[k]).tolist()))
@@ -350,7 +350,7 @@ def test_float32_zero_and_bad_gradients(attack):
     assert torch.equal(result.x_adv[0], x[0])
     assert result.x_adv.dtype == torch.float32
     assert int(result.zero_gradients[1]) > 0
-    inside = type(attack.threat)(3).domain.contains(result.x_adv)
+    inside = attack.threat.domain.contains(result.x_adv)
     assert inside.all()
     assert (net(result.x_adv[2:]).argmax(1) != y[2:]).all()
 

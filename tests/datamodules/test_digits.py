@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import RandomSampler, SequentialSampler
+from torch.utils.data import SequentialSampler
 
 from sg_lightning import datamodules
 from sg_lightning.datamodules import Digits
+from sg_lightning.datamodules.base import SeededShuffle
 from sg_lightning.threats import make_threat
 
 DATA = Path(datamodules.__file__).parent / "data"
@@ -104,7 +105,7 @@ def test_validation_split_follows_the_seed():
 def test_training_order_is_shuffled_and_seeded():
     digits = Digits(seed=5)
     loader = digits.train_dataloader()
-    assert isinstance(loader.sampler, RandomSampler)
+    assert isinstance(loader.sampler, SeededShuffle)
     first, second = everything(loader)[0], everything(loader)[0]
     assert not torch.equal(first, second)
     torch.rand(3)  # the global generator has no part in it

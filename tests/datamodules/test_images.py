@@ -16,6 +16,7 @@ from torch import nn
 from sg_lightning.datamodules import CIFAR10, CIFAR100, MNIST, FashionMNIST
 from sg_lightning.datamodules.base import augmented
 from sg_lightning.datamodules.files import RemoteFile, download
+from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import make_threat
 
 RNG = np.random.default_rng(0)
@@ -232,10 +233,11 @@ def test_no_network_and_no_room(tmp_path, monkeypatch):
 
 def test_shifts_and_mirrors_are_those_of_each_image():
     torch.manual_seed(0)
-    x = torch.rand(64, 2, 6, 5)
+    x = torch.rand(256, 2, 6, 5)
     padded = torch.nn.functional.pad(x, [1, 1, 1, 1])
     found = set()
-    for image, before in zip(augmented(x, 1, mirror=True), padded, strict=True):
+    noise = SampleGenerator.draw(256)
+    for image, before in zip(augmented(x, 1, True, noise), padded, strict=True):
         matches = []
         for row in range(3):
             for column in range(3):
@@ -244,7 +246,7 @@ def test_shifts_and_mirrors_are_those_of_each_image():
         assert matches
         found.add(matches[0])
     assert len(found) == 18  # every shift, mirrored or not
-    assert augmented(x, 0, mirror=False) is x
+    assert augmented(x, 0, False, noise) is x
 
 
 def test_training_batches_are_augmented_and_others_not(tmp_path):

@@ -255,22 +255,6 @@ def test_composes_with_another_mixin():
     assert (inverted - (1 - x)).abs().max() <= EPS + 1e-6
 
 
-def test_checkpoint_holds_the_weights(tmp_path):
-    module = AdversarialClassifier(network(), sgd, attack=FIXED, crafting_mode="train")
-    run = trainer()
-    run.fit(module, loader())
-    path = tmp_path / "a.ckpt"
-    run.save_checkpoint(path)
-    assert torch.load(path, weights_only=True)["hyper_parameters"]["crafting_mode"] == "train"
-    loaded = AdversarialClassifier.load_from_checkpoint(path, backbone=network(), attack=FIXED)
-    assert loaded.crafting_mode == "train"
-    assert difference(state(loaded.backbone), state(module.backbone)) == 0.0
-    with pytest.raises(TypeError, match="attack"):
-        AdversarialClassifier.load_from_checkpoint(path, backbone=network())
-    plain = SpikingClassifier.load_from_checkpoint(path, backbone=network())  # enough to evaluate it
-    assert difference(state(plain.backbone), state(module.backbone)) == 0.0
-
-
 def test_oracle_mode_is_checked():
     with pytest.raises(ValueError, match="mode"):
         Oracle(network(), mode="test")

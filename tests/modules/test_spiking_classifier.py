@@ -129,34 +129,7 @@ def test_optimisers_and_schedulers():
     assert run.optimizers[0].param_groups[0]["lr"] < 1.0
 
 
-# -- checkpoints --------------------------------------------------------------------------------------------------------
-
-
-def saved(module, path):
-    run = trainer(max_epochs=1)
-    run.fit(module, loader(*data()))
-    run.save_checkpoint(path)
-    return module.eval()
-
-
-def test_checkpoint_of_a_module_built_in_python(tmp_path):
-    path = tmp_path / "a.ckpt"
-    module = saved(SpikingClassifier(network(), torch.optim.Adam, label_smoothing=0.2), path)
-    assert dict(module.hparams) == {"label_smoothing": 0.2, "lr_scheduler": None}
-    assert torch.load(path, weights_only=True)["hyper_parameters"]["label_smoothing"] == 0.2
-    x, y = data()
-    other = SpikingClassifier.load_from_checkpoint(path, backbone=ConvNet(4, 1, 4, channels=(6,), hidden=12, time_steps=2,
-                                                                         neuron=LIF(0.9))).eval()  # fmt: skip
-    with torch.no_grad():
-        assert torch.equal(other(x), module(x))
-    assert other.label_smoothing == 0.2
-    with pytest.raises(TypeError, match=r"built in Python; build them .*\.load_from_checkpoint\(path, backbone=net\)"):
-        SpikingClassifier.load_from_checkpoint(path)
-    # and by the trainer, into a module that exists
-    fresh = SpikingClassifier(ConvNet(4, 1, 4, channels=(6,), hidden=12, time_steps=2, neuron=LIF(0.9)))
-    (result,) = trainer().test(fresh, loader(x, y), ckpt_path=path, verbose=False)
-    (wanted,) = trainer().test(module, loader(x, y), verbose=False)
-    assert result == wanted
+# -- checkpoints of the command line; those of Python are in test_checkpoints.py ----------------------------------------
 
 
 def test_checkpoint_of_the_cli_loads_without_arguments(tmp_path):
@@ -184,7 +157,9 @@ def test_checkpoint_of_the_cli_loads_without_arguments(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(x), cli.model.eval()(x))
     assert loaded.label_smoothing == 0.3
-    assert loaded.backbone.head.in_features == 11
+    assert (loaded.backbone.num_classes, loaded.backbone.head.in_features) == (4, 11)
+    again = loaded.configure_optimizers()  # of the CLI's partial
+    assert (type(again), again.defaults["lr"], again.defaults["weight_decay"]) == (torch.optim.SGD, 0.05, 0.0)
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------------

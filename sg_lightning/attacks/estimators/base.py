@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sg_lightning.neurons import BackwardRule, SlopeRule, SpikingNeuron, Surrogate
+from sg_lightning.recipes import Storable
 
 
 class Memory:
@@ -37,6 +38,7 @@ class Memory:
         self.values = {key: torch.cat([part.values[key] for part in parts]) for key in keys}
 
 
+@Storable.register
 @dataclass(frozen=True)
 class Estimator(ABC):
     """Base of all gradient estimators. Immutable; the forward pass and training are never touched."""

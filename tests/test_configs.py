@@ -1,0 +1,167 @@
+"""Every shipped config is complete, says what it is for, and runs."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from torch.utils.data import DataLoader, TensorDataset
+
+from sg_lightning.callbacks import RobustnessEvaluation, SparseGradient
+from sg_lightning.cli import main, run
+from sg_lightning.modules import AdversarialClassifier
+from sg_lightning.neurons import LIF
+from sg_lightning.neurons.surrogates import Triangular
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("experiments/*.yaml"))
+SHRINK = {
+    "ConvNet": ["--model.backbone.channels=[4,4]", "--model.backbone.hidden=8"],
+    "VGG": ["--model.backbone.head=[8]"],
+    "WideResNet": ["--model.backbone.widen=1"],
+}
+CPU = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false",
+       "--trainer.enable_model_summary=false"]  # fmt: skip
+
+
+class Rasters(pl.LightningDataModule):
+    """Spike rasters, to see a network that is not for images."""
+
+    num_classes = 5
+
+    def train_dataloader(self):
+        x = (torch.rand(4, 4, 6) < 0.3).float()
+        return DataLoader(TensorDataset(x, torch.arange(4)), batch_size=2)
+
+    val_dataloader = train_dataloader
+
+
+def writers():
+    spec = importlib.util.spec_from_file_location("written", Path(__file__).parent / "datamodules/test_images.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sg-lightning"])
+
+
+def content(*parts):
+    return yaml.safe_load(CONFIGS.joinpath(*parts).with_suffix(".yaml").read_text())
+
+
+def tiny_data(config):
+    """Write a few images in the original files, and return the options that use them."""
+    kind = config["data"]["class_path"].rsplit(".", 1)[-1]
+    make = writers()
+    if kind == "Digits":
+        return []
+    if "MNIST" in kind:
+        make.write_idx(Path("data"))
+    else:
+        make.write_cifar(Path("data"), 100 if kind == "CIFAR100" else 10)
+    return ["--data.download=false"]
+
+
+def test_every_file_says_what_it_is_for():
+    paths = sorted(CONFIGS.rglob("*.yaml"))
+    assert {path.parent.name for path in paths} == {"data", "model", "method", "trainer", "experiments"}
+    for path in paths:
+        head = re.match(r"(# .+\n)+", path.read_text())
+        assert head, path
+        assert max(map(len, path.read_text().splitlines())) <= 130, path
+        if path.parent.name == "experiments":
+            assert f"#   sg-lightning fit -c configs/experiments/{path.name}\n" in head[0]
+            assert re.search(r"\b(seconds|minutes?|hours?|not measured yet)\b", head[0]), (
+                path
+            )  # how long, or that it was not timed
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_one_step(name):
+    config = content("experiments", name)
+    size = SHRINK[config["model"]["init_args"]["backbone"]["class_path"].rsplit(".", 1)[-1]]
+    cli = run(["fit", "-c", str(CONFIGS / f"experiments/{name}.yaml"), *tiny_data(config), *size, *CPU,
+               "--data.batch_size=2", "--model.backbone.time_steps=2", "--trainer.fast_dev_run=true"])  # fmt: skip
+    assert isinstance(cli.model, AdversarialClassifier) == ("_at" in name)
+    kinds = [type(callback) for callback in cli.trainer.callbacks]
+    assert (SparseGradient in kinds) == name.endswith("sr")
+    assert RobustnessEvaluation in kinds
+    assert cli.trainer.global_step == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_one_step_at_full_size(name):
+    config = content("experiments", name)
+    main(["fit", "-c", str(CONFIGS / f"experiments/{name}.yaml"), *tiny_data(config), *CPU, "--data.batch_size=2",
+          "--trainer.fast_dev_run=true"])  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "least"), [("vanilla", 0.93), ("sr", 0.9), ("at", 0.85), ("at_sr", 0.85)])
+def test_digits_are_learned(name, least):
+    cli = run(["fit", "-c", str(CONFIGS / f"experiments/digits_convnet_{name}.yaml"), *CPU])
+    assert cli.trainer.callback_metrics["val/acc"] > least
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_schedules_end_with_the_training(name):
+    config = content("experiments", name)
+    schedule = config["model"]["init_args"]["lr_scheduler"]
+    assert schedule["class_path"].endswith("CosineAnnealingLR")
+    assert schedule["init_args"]["T_max"] == config["trainer"]["max_epochs"]
+
+
+@pytest.mark.parametrize("model", ["vgg11", "wrn16_4"])
+@pytest.mark.parametrize("trainer", ["gpu", "ddp"])
+def test_schedules_of_the_big_networks_fit_the_big_trainers(model, trainer):
+    schedule = content("model", model)["model"]["init_args"]["lr_scheduler"]
+    assert schedule["init_args"]["T_max"] == content("trainer", trainer)["trainer"]["max_epochs"]
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("cifar10")])
+def test_cifar_experiments_have_the_settings_of_the_paper(name):
+    config = content("experiments", name)
+    tiny_data(config)
+    cli = run(["fit", "-c", str(CONFIGS / f"experiments/{name}.yaml"), *CPU, "--data.download=false",
+               "--trainer.fast_dev_run=true", "--data.batch_size=2", "--trainer.limit_train_batches=0",
+               "--trainer.limit_val_batches=0",
+               *SHRINK["VGG" if "vgg" in name else "WideResNet"]])  # fmt: skip
+    net = cli.model.backbone
+    assert (net.time_steps, net.encoding.constant, net.spiking) == (8, True, True)
+    neurons = [module for module in net.modules() if isinstance(module, LIF)]
+    assert len(neurons) == (9 if "vgg" in name else 13)  # eight convolutions and the shrunk head; 1 + 6 * 2 of WRN-16
+    for neuron in neurons:
+        dynamics = neuron.dynamics
+        assert (neuron.beta, neuron.threshold, neuron.surrogate) == (1.0, 1.0, Triangular(1.0))
+        assert (dynamics.reset, dynamics.detach_reset, dynamics.fire_at_threshold) == ("zero", False, True)
+    made = cli.model.configure_optimizers()
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    assert type(optimizer) is torch.optim.SGD
+    assert {k: optimizer.defaults[k] for k in ("lr", "momentum", "weight_decay", "nesterov")} == {
+        "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0005, "nesterov": False,
+    }  # fmt: skip
+    assert (schedule.T_max, schedule.eta_min) == (200, 0.0)
+    assert (cli.datamodule.augment, cli.datamodule.shift, cli.datamodule.mirror) == (True, 4, True)
+    assert config["data"]["init_args"]["batch_size"] == 32
+    assert (config["seed_everything"], config["trainer"]["max_epochs"]) == (42, 200)
+    penalties = [c for c in cli.trainer.callbacks if isinstance(c, SparseGradient)]
+    for penalty in penalties:
+        assert penalty.penalty == SparseGradient(1.0).penalty  # the official code's
+
+
+def test_rasters_run_through_a_recurrent_network():
+    cli = run(["fit", "--data=Rasters", "-c", str(CONFIGS / "model/spiking_mlp.yaml"), "--model.backbone.hidden=[8]",
+               "--model.backbone.in_features=6", "--model.backbone.time_steps=4", *CPU, "--trainer.fast_dev_run=true", "--trainer.num_sanity_val_steps=0"])  # fmt: skip
+    net = cli.model.backbone
+    assert (net.num_classes, net.input_shape) == (5, (4, 6))
+    assert net.features[1].recurrent is not None
+    assert cli.trainer.global_step == 1
