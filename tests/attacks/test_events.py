@@ -330,7 +330,7 @@ def reference_sda(model, x, y, rounds, first):
         slope, now = gradient.view(-1), point.detach().view(-1)
         favoured = [c for c in range(len(now)) if c not in chosen and (1 - 2 * now[c]) * slope[c] <= 0]
         for c in sorted(favoured, key=lambda c: -float(slope[c].abs()))[: n * first]:
-            difference = float(cw(flipped(point.detach(), [c])) - loss)
+            difference = float((cw(flipped(point.detach(), [c])) - loss).detach())
             if difference <= 0:
                 differences[c] = difference
                 chosen.add(c)
