@@ -5,10 +5,13 @@ import errno
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from urllib.error import URLError
 
@@ -56,11 +59,22 @@ def _here(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sg-lightning"])
 
 
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory):
+    """A short training, once; each test gets a copy of its folder."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as shown:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["sg-lightning"])
+        main(["fit", *compose(method="at_sr"), *TINY, *SHORT, "--data.batch_size=16",
+              "--model.attack.threat.eps=2/16", "--model.attack.steps=2"])  # fmt: skip
+    assert "sg-lightning evaluate -c" in shown.getvalue()
+    return folder / "lightning_logs"
+
+
 @pytest.fixture
-def trained(capsys):
-    main(["fit", *compose(method="at_sr"), *TINY, *SHORT, "--data.batch_size=16",
-          "--model.attack.threat.eps=2/16", "--model.attack.steps=2"])  # fmt: skip
-    assert "sg-lightning evaluate -c" in capsys.readouterr().out
+def trained(a_run):
+    shutil.copytree(a_run, "lightning_logs")
     return Path("lightning_logs/version_0")
 
 
@@ -117,7 +131,7 @@ def test_a_run_saves_its_whole_config_and_checkpoints_load_without_arguments(tra
 
 def evaluate_words(trained, *more):
     return ["evaluate", "-c", str(trained / "config.yaml"), "--ckpt_path", str(trained / "checkpoints/best.ckpt"),
-            "--suite", "quick", "--max_samples", "33", "--check_samples_count", "0", *more]  # fmt: skip
+            "--suite", "quick", "--max_samples", "17", "--check_samples_count", "0", *more]  # fmt: skip
 
 
 def test_evaluate_on_one_and_two_processes_and_report(trained, capsys):
@@ -128,7 +142,7 @@ def test_evaluate_on_one_and_two_processes_and_report(trained, capsys):
     one = RobustnessResult.load(trained / "robustness/best-quick")
     for norm in one.norms:
         kept = torch.load(trained / f"robustness/best-quick/adversarial/{norm}.pt", weights_only=True)
-        assert kept["ids"].tolist() == list(range(33))
+        assert kept["ids"].tolist() == list(range(17))
         assert kept["success"].sum() == sum(one.broken_by(norm).values())
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     words = evaluate_words(trained, "--out", "two", "--trainer.devices=2", "--trainer.strategy=ddp")
@@ -140,7 +154,7 @@ def test_evaluate_on_one_and_two_processes_and_report(trained, capsys):
     assert "DistributedSampler" not in done.stderr
     assert "litlogger" not in done.stderr
     two = RobustnessResult.load("two")
-    assert len(one.ids) == len(two.ids) == 33
+    assert len(one.ids) == len(two.ids) == 17
     assert len(one.rows) == len(two.rows)
     decisions = [{(r.id, r.norm, r.eps, r.attack): (r.clean, r.status) for r in found.rows} for found in (one, two)]
     assert decisions[0].keys() == decisions[1].keys()
@@ -396,10 +410,15 @@ def test_damaged_checkpoints_and_rows(trained):
     main(evaluate_words(trained, "--out", "here", "--trainer.enable_progress_bar=false"))
     rows = Path("here/rows.csv")
     text = rows.read_text()
-    rows.write_text(text[: len(text) // 2])
-    sentence = mistake(["report", "here"])
-    assert "here/rows.csv" in sentence
-    assert rows.read_text() == text[: len(text) // 2]  # nothing is thrown away
+    half = text[: text.index("\n", len(text) // 2) + 1]
+    for part, reason in (
+        (half, "of .* rows: it was cut off"),
+        (half[:-1], "was cut off in the middle of line"),
+        (half + "1,2\n", "line .*: not a row of an evaluation"),
+    ):
+        rows.write_text(part)
+        assert re.search(f"here/rows.csv.*{reason}", mistake(["report", "here"]))
+        assert rows.read_text() == part  # nothing is thrown away
 
 
 def test_folders_that_cannot_be_written(trained):
@@ -429,7 +448,7 @@ def test_full_disks(trained, monkeypatch):
         "cannot write rows to here/rows.csv: No space left on device; mend that and run the same"
     )
     main(words)
-    assert len(RobustnessResult.load("here").ids) == 33
+    assert len(RobustnessResult.load("here").ids) == 17
     with monkeypatch.context() as patch:
         patch.setattr("torch.save", lambda *args: (_ for _ in ()).throw(RuntimeError("file write failed")))
         assert mistake(evaluate_words(trained, "--out", "there")).startswith("cannot write rows to there/rows.csv: ")

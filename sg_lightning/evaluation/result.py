@@ -319,7 +319,8 @@ class RobustnessResult:
         )
         write_examples(folder / EXAMPLES, self.examples)
         suite = {"name": self.suite.name, "hash": self.suite.hash, "content": self.suite.content}
-        write_atomically(folder / "result.json", json.dumps({"suite": suite, "meta": self.meta}, indent=1))
+        content = {"suite": suite, "meta": self.meta, "rows": len(self.rows)}
+        write_atomically(folder / "result.json", json.dumps(content, indent=1))
         return folder
 
     @classmethod
@@ -327,7 +328,7 @@ class RobustnessResult:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: if the folder holds no result.
+            ValueError: if the folder holds no result, or only a part of one.
         """
         folder = Path(folder)
         if not (folder / "result.json").is_file():
@@ -336,4 +337,9 @@ class RobustnessResult:
         suite = content["suite"]
         examples = torch.load(folder / EXAMPLES, weights_only=True) if (folder / EXAMPLES).exists() else []
         record = SuiteRecord(suite["name"], suite["hash"], suite["content"])
-        return cls(read_rows(folder / "rows.csv"), record, content["meta"], examples)
+        rows = read_rows(folder / "rows.csv")
+        if len(rows) != content.get("rows", len(rows)):
+            raise ValueError(
+                f"{folder / 'rows.csv'} holds {len(rows)} of {content['rows']} rows: it was cut off; run the evaluation again"
+            )
+        return cls(rows, record, content["meta"], examples)

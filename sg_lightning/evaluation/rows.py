@@ -175,9 +175,13 @@ def read_rows(path: Path, *, torn: bool = False) -> list[Row]:
     """Read ``rows.csv``; with ``torn``, a last line without its end is left out.
 
     Raises:
-        ValueError: naming file and line, if a line is not a row.
+        ValueError: naming file and line, if a line is not a row, or the last one has no end.
     """
     text = path.read_text(encoding="utf-8")
+    if not torn and not text.endswith("\n"):
+        raise ValueError(
+            f"{path} was cut off in the middle of line {text.count(chr(10)) + 1}; run the evaluation again"
+        )
     lines = list(csv.reader((text[: text.rfind("\n") + 1] if torn else text).splitlines()))
     if not lines or lines[0] != _NAMES:
         raise ValueError(f"{path} is not a file of rows: its first line should be {','.join(_NAMES)}")
