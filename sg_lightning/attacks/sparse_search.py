@@ -35,6 +35,9 @@ class _SparseSearch(RandomSearch):
         time = int(query / self.queries * SCHEDULE)
         return self.alpha / _DIVISORS[bisect_left(_PASSED, time)]
 
+    def _changed(self, query: int, changes: int) -> int:
+        return max(int(self._share(query) * changes), 1)
+
 
 @dataclass(frozen=True)
 class SparseRS(_SparseSearch):
@@ -77,7 +80,7 @@ class SparseRS(_SparseSearch):
 
     def _propose(self, at: Samples, query: int, noise: SampleGenerator) -> dict[str, Tensor]:
         free = at.outside.shape[1]
-        changed = min(max(int(self._share(query) * self.threat.count), 1), free or self.threat.count)
+        changed = min(self._changed(query, self.threat.count), free or self.threat.count)
         leave = draw(noise.fork("leave"), at.x, self.threat.count).topk(changed).indices
         old, point = at.inside.gather(1, leave), self.threat.pixels(at.point)
         found = {}
