@@ -114,6 +114,8 @@ class SDA(Attack):
         tried, _ = try_events(oracle, at, events.unsqueeze(2), "margin")
         progress.queries[at.index] += events.shape[1]
         difference = (-tried.double()).clamp_min(0) - (-at.loss).clamp_min(0).unsqueeze(1)
+        # Many flips change no spike: rounding must not tell which of them raise the loss.
+        difference = torch.where(difference.abs() <= 1e-12, 0.0, difference)
         keep = (size > -torch.inf) & (difference <= 0)
         at.flipped = at.flipped.scatter(1, cells, at.flipped.gather(1, cells) | keep)
         at.difference = at.difference.scatter(1, cells, torch.where(keep, difference, at.difference.gather(1, cells)))

@@ -27,7 +27,14 @@ THREATS = [
 
 def small(attack):
     """Give an attack as little to do as it can have."""
-    few = {"steps": 4, "queries": 8, "restarts": 1, "draws": 2, "targets": 2 if attack.kind == "multitargeted" else 0}
+    few = {
+        "steps": 4,
+        "rounds": 4,
+        "queries": 8,
+        "restarts": 1,
+        "draws": 2,
+        "targets": 2 if attack.kind == "multitargeted" else 0,
+    }
     return replace(attack, **{f.name: few[f.name] for f in fields(attack) if f.name in few})
 
 
@@ -161,7 +168,7 @@ CLIMBING = [p for p in CASES if not p.values[0].minimal and p.values[0].kind not
 def test_survivors_end_no_lower_than_they_began(attack, seed):
     """Left out are single steps, the control and patterns for all, which do not choose; minimal norms keep sizes."""
     x, y = problem(attack, seed)
-    loss = get_loss(getattr(attack, "loss", "ce"))
+    loss = get_loss(getattr(attack, "loss", "margin"))
     result = attack.run(Oracle(NET), x, y, generator=ids(range(5), seed))
     survivors = ~result.success
     start, end = loss(NET(x), y), loss(NET(result.x_adv), y)
