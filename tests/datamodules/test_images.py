@@ -51,7 +51,7 @@ def write_cifar(folder, classes=10, packed=True):
     content = {}
     for name in names:
         images, labels = RNG.integers(0, 256, (8, 3072), dtype=np.uint8), RNG.integers(0, classes, 8).tolist()
-        batch = {b"batch_label": name.encode(), key: labels, b"data": images, b"filenames": [b"a.png"] * 8}
+        batch = {b"batch_label": name.encode(), key: labels, b"data": images, b"filenames": [b"a.png"] * 7 + [b""]}
         content[name] = (images, labels, pickle.dumps(batch, protocol=2))
     if packed:
         archive = folder / ("cifar-10-python.tar.gz" if ten else "cifar-100-python.tar.gz")
