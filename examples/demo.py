@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--suite", default="basic", help="quick, basic, or the path of a suite YAML")
-    parser.add_argument("--samples", type=int, default=256, help="test images to attack, at most 497")
+    parser.add_argument("--samples", type=int, default=200, help="test images to attack, at most 497")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
