@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from attack_contestants import OURS, PACKAGES, SLOW, Counting, Event, contestants
 from attack_models import SUBJECTS, prepare
-from timing import into_docs, provenance, race, ratios
+from timing import into_docs, measured, provenance, race, ratios
 from torch import Tensor, nn
 
 from sg_lightning.attacks import Oracle, verify
@@ -130,11 +130,8 @@ def _range(values: Sequence[float], form: str) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """Write the results as Markdown."""
-    made = results["provenance"]
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     head = (
-        f"Measured with `{made['command']}` at commit {made['commit']}, {made['date']}; {made['machine']}; Python "
-        f"{made['python']}, {versions}. Medians of {results['rounds']} rounds with the seeds 0, 1, ... (range in brackets where it is not a point; "
+        f"{measured(results['provenance'])}. Medians of {results['rounds']} rounds with the seeds 0, 1, ... (range in brackets where it is not a point; "
         "of ART and of ours without early drop one round); "
         "forwards and backwards are passes per sample; time is CPU time; ratio is time relative to ours, round by round."
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from attack_models import SUBJECTS, prepare
-from timing import into_docs, provenance, race, ratios
+from timing import into_docs, measured, provenance, race, ratios
 from torch import Tensor
 
 from sg_lightning.attacks import Oracle, load_suite, verify
@@ -78,10 +78,8 @@ def measure(subject: str, suite: str, samples: int, rounds: int) -> dict[str, An
 
 def table(results: dict[str, Any]) -> str:
     """Write the results as Markdown."""
-    made = results["provenance"]
     head = (
-        f"Measured with `{made['command']}` at commit {made['commit']}, {made['date']}; {made['machine']}; Python "
-        f"{made['python']}, torch {made['versions']['torch']}. Suite `{results['suite']}` under L∞ at eps = "
+        f"{measured(results['provenance'])}. Suite `{results['suite']}` under L∞ at eps = "
         f"{results['eps']}, {results['samples']} samples of: {results['title']}. Medians of {results['rounds']} rounds "
         "with the seeds 0, 1, ...; passes per sample; CPU time."
     )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from attack_models import SUBJECTS
 from estimators import OPTIMISERS, RESULTS, Bench
-from timing import provenance
+from timing import measured, provenance
 
 from sg_lightning.attacks import ASSG, HART, Estimator
 
@@ -55,12 +55,7 @@ def measure(subject: str, steps: int, data_dir: str) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Write the results as Markdown."""
-    made = results["provenance"]
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    head = (
-        f"Measured with `{made['command']}` at commit {made['commit']}, {made['date']}; {made['machine']}; Python "
-        f"{made['python']}, {versions}; seed 0. Cells: samples that stand on validation / on test images."
-    )
+    head = f"{measured(results['provenance'])}; seed 0. Cells: samples that stand on validation / on test images."
     lines = [head]
     for found in results["subjects"]:
         lines += ["", f"**{SUBJECTS[found['subject']].title}** (L-infinity {float(found['eps']):.4g})"]

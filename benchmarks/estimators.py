@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from attack_models import SUBJECTS, prepare, validation
-from timing import provenance
+from timing import measured, provenance
 from torch import Tensor
 
 from sg_lightning.attacks import (
@@ -126,11 +126,8 @@ def measure(subject: str, steps: int, data_dir: str) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Write the results as Markdown."""
-    made = results["provenance"]
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     head = (
-        f"Measured with `{made['command']}` at commit {made['commit']}, {made['date']}; {made['machine']}; Python "
-        f"{made['python']}, {versions}; seed 0. Cells: test samples that stand (robust accuracy); bold: the least, and "
+        f"{measured(results['provenance'])}; seed 0. Cells: test samples that stand (robust accuracy); bold: the least, and "
         "within one sample of it. The settings of HART and of the last row were chosen on 64 validation images."
     )
     lines = [head]

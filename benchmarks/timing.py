@@ -75,6 +75,15 @@ def into_docs(text: str, path: Path, name: str) -> None:
     path.write_text(f"{before}{begin}\n{text}{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
+def measured(made: dict[str, Any]) -> str:
+    """Write a provenance as the start of a sentence."""
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    return (
+        f"Measured with `{made['command']}` at commit {made['commit']}, {made['date']}; {made['machine']}; Python "
+        f"{made['python']}, {versions}"
+    )
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

@@ -145,11 +145,11 @@ def test_infeasible_perturbations_never_pass_unmarked():
 
 
 def test_report_and_loggers_mark_what_is_infeasible(result, tmp_path):
+    from sg_lightning import reporting
     from sg_lightning.callbacks.loggers import table_rows
 
     norms = {row[0] for row in table_rows(result)}
     assert {"flips", "relaxed_linf (infeasible)"} <= norms
-    reporting = pytest.importorskip("sg_lightning.reporting")
     pytest.importorskip("matplotlib")
     page = reporting.write_report({"net": result}, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "L∞, relaxed (infeasible)" in page

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sg_lightning.attacks.adapters.base import ForeignAttack, choose, library, step_size
+from sg_lightning.attacks.adapters.base import OneClass, choose, library, step_size
 from sg_lightning.attacks.adapters.shell import Shell
 
 NORMS = {
@@ -55,7 +55,7 @@ REFUSED = {
 
 
 @dataclass(frozen=True)
-class Advertorch(ForeignAttack):
+class Advertorch(OneClass):
     """Run an attack of advertorch 0.2.3 (Ding, Wang, Jin, arXiv 1902.07623; LGPL-3).
 
     The library has had no release since 2020 and does not import on a current torch by itself. Six of its classes give
@@ -71,7 +71,6 @@ class Advertorch(ForeignAttack):
         ImportError: if advertorch is not installed.
     """
 
-    algorithm: str
     kind: ClassVar[str] = "advertorch"
     package: ClassVar[str] = "advertorch"
     command: ClassVar[str] = "pip install 'sg-lightning[attack-libraries]'"
@@ -82,11 +81,6 @@ class Advertorch(ForeignAttack):
         if self.settings.get("comply_with_foolbox"):
             raise ValueError(f"{self.algorithm} with comply_with_foolbox leaves the box of legal values; leave it out")
         self._check_settings([self._build], set(self._given(None, 0.0)))
-
-    @property
-    def algorithms(self) -> tuple[str, ...]:
-        """The one class."""
-        return (self.algorithm,)
 
     @property
     def _build(self) -> Any:

@@ -164,6 +164,18 @@ class ForeignAttack(Attack):
             raise ValueError(f"{self.kind}:{'+'.join(self.algorithms)} needs the settings {sorted(missing)}")
 
 
+@dataclass(frozen=True)
+class OneClass(ForeignAttack):
+    """Base of the adapters that run one class of a library, named ``algorithm``."""
+
+    algorithm: str
+
+    @property
+    def algorithms(self) -> tuple[str, ...]:
+        """The one class."""
+        return (self.algorithm,)
+
+
 def library(name: str, command: str) -> ModuleType:
     """Import a library, or say in one sentence how to get it."""
     try:

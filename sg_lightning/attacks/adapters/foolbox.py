@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sg_lightning.attacks.adapters.base import ForeignAttack, choose, library, step_size
+from sg_lightning.attacks.adapters.base import OneClass, choose, library, step_size
 from sg_lightning.attacks.adapters.shell import Shell
 
 _TARGETED = "it needs a target label per sample, and attacks here get true labels only"
@@ -21,7 +21,7 @@ REFUSED = {
 
 
 @dataclass(frozen=True)
-class Foolbox(ForeignAttack):
+class Foolbox(OneClass):
     """Run an attack of Foolbox 3.3.4 (Rauber et al., JOSS 2020; MIT).
 
     Args:
@@ -35,7 +35,6 @@ class Foolbox(ForeignAttack):
         ImportError: if Foolbox is not installed.
     """
 
-    algorithm: str
     kind: ClassVar[str] = "foolbox"
     package: ClassVar[str] = "foolbox"
     command: ClassVar[str] = "pip install 'sg-lightning[attack-libraries]'"
@@ -46,11 +45,6 @@ class Foolbox(ForeignAttack):
         norms = {name: self._norms(name) for name in vars(library("foolbox.attacks", self.command))}
         choose(self, self.algorithm, {name: norm for name, norm in norms.items() if norm}, REFUSED)
         self._check_settings([self._build], {"distance"})
-
-    @property
-    def algorithms(self) -> tuple[str, ...]:
-        """The one class."""
-        return (self.algorithm,)
 
     @property
     def _build(self) -> Any:

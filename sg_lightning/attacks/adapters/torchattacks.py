@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sg_lightning.attacks.adapters.base import ForeignAttack, choose, library, step_size
+from sg_lightning.attacks.adapters.base import OneClass, choose, library, step_size
 from sg_lightning.attacks.adapters.shell import Shell
 
 NORMS = {
@@ -34,7 +34,7 @@ _COLOUR_ONLY = {"TIFGSM", "PIFGSM", "PIFGSMPP"}
 
 
 @dataclass(frozen=True)
-class Torchattacks(ForeignAttack):
+class Torchattacks(OneClass):
     """Run an attack of torchattacks 3.5.1 (Kim, arXiv 2010.01950; MIT).
 
     Install it without its dependencies: it pins an old ``requests`` and asks for torchvision, and needs neither.
@@ -49,7 +49,6 @@ class Torchattacks(ForeignAttack):
         ImportError: if torchattacks is not installed.
     """
 
-    algorithm: str
     kind: ClassVar[str] = "torchattacks"
     package: ClassVar[str] = "torchattacks"
     command: ClassVar[str] = (
@@ -60,11 +59,6 @@ class Torchattacks(ForeignAttack):
         super().__post_init__()
         choose(self, self.algorithm, NORMS, REFUSED)
         self._check_settings([self._build], set(self._given(None, 0.0)))
-
-    @property
-    def algorithms(self) -> tuple[str, ...]:
-        """The one class."""
-        return (self.algorithm,)
 
     @property
     def _build(self) -> Any:
