@@ -1,52 +1,40 @@
-"""What every image data module shares: seeded splits, loaders, batched augmentation."""
+"""What every data module shares: seeded splits, and loaders whose order a checkpoint can continue."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
-from sg_lightning.domains import Box, Domain
+from sg_lightning.inputs import Input
 from sg_lightning.sampling import SampleGenerator
-from sg_lightning.threats import Budget
 
-Batch: TypeAlias = tuple[Tensor, Tensor]
+Batch: TypeAlias = tuple[Input, Tensor]
 
 
-class ByteImages(Dataset[Batch]):
-    """Images kept in memory as bytes and given as float32 in [0, 1], a whole batch at a time.
+class Samples(Protocol):
+    """Samples in memory or mapped from a file, given a whole batch at a time."""
 
-    Args:
-        images: (N, C, H, W), uint8 in 0..``levels``.
-        labels: (N,), int64.
-        levels: The byte that stands for 1.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, levels: int = 255) -> None:
-        self.images = images
-        self.labels = labels
-        self.levels = levels
+    @property
+    def labels(self) -> Tensor:
+        """Labels (N,), int64."""
 
     def __len__(self) -> int:
-        return len(self.labels)
+        """Return N."""
 
     def __getitem__(self, index: int) -> Batch:
-        return self.images[index].float() / self.levels, self.labels[index]
+        """Return one sample and its label."""
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return a batch; the loader asks for it at once, which is far faster than image by image."""
-        index = torch.as_tensor(indices)
-        return self.images[index].float() / self.levels, self.labels[index]
+        """Return a batch; the loader asks for it at once, which is far faster than sample by sample."""
 
-    def part(self, index: Tensor) -> ByteImages:
-        """Return the images of ``index``."""
-        return ByteImages(self.images[index], self.labels[index], self.levels)
+    def part(self, index: Tensor) -> Samples:
+        """Return the samples of ``index``."""
 
 
 class SeededShuffle(DistributedSampler[Batch]):
@@ -65,8 +53,8 @@ class SeededShuffle(DistributedSampler[Batch]):
         skip: Samples that the next iteration leaves out at its start.
     """
 
-    def __init__(self, data: ByteImages, seed: int, processes: int = 1, rank: int = 0) -> None:
-        super().__init__(data, processes, rank, seed=seed)
+    def __init__(self, data: Samples, seed: int, processes: int = 1, rank: int = 0) -> None:
+        super().__init__(data, processes, rank, seed=seed)  # type: ignore[arg-type] # torch asks for its class only
         self.skip = 0
 
     def __iter__(self) -> Iterator[int]:  # type: ignore[override] # torch's types say samples, it gives indices
@@ -104,50 +92,30 @@ class ResumableLoader(DataLoader[Batch]):
         self._start = state["batches"]
 
 
-class ImageData(LightningDataModule):
-    """Base of the image data modules; a subclass reads the files.
+class SampleData(LightningDataModule):
+    """Base of all data modules; a subclass reads the files.
 
     Args:
-        batch_size: Images per batch, at least 1.
-        num_workers: Loader processes; the images are in memory, so 0 is usually fastest.
-        val_fraction: Share of the training images that validates, above 0 and below 1.
+        batch_size: Samples per batch, at least 1.
+        num_workers: Loader processes; samples in memory need none.
+        val_fraction: Share of the training samples that validates, above 0 and below 1.
         seed: Seed of the validation split and of the training order.
-        augment: Shift training images at random by up to ``shift`` pixels and, where a mirror image keeps its
-            meaning, mirror half of them; on the device, a batch at a time.
 
     Attributes:
         num_classes: Number of classes.
-        input_shape: Channels, height, width.
-        domain: Legal values, [0, 1].
+        input_shape: Shape of one sample.
+        domain: Legal values.
         budgets: The budgets of each norm that attacks use by default.
-        mean: Channel means of the training images, for normalisation inside the model.
-        std: Channel standard deviations.
-
-    Shape:
-        Batches of images (B, C, H, W), float32 in [0, 1], and labels (B,), int64.
 
     Raises:
         ValueError: on ``batch_size`` below 1, ``num_workers`` or ``seed`` below 0, or a ``val_fraction`` that leaves
-            no image for training or for validation.
+            no sample for training or for validation.
     """
 
-    num_classes: ClassVar[int] = 10
-    input_shape: ClassVar[tuple[int, ...]]
-    domain: ClassVar[Domain] = Box()
-    budgets: ClassVar[dict[str, Budget]]
-    mean: ClassVar[tuple[float, ...]]
-    std: ClassVar[tuple[float, ...]]
-    shift: ClassVar[int] = 0
-    mirror: ClassVar[bool] = False
+    noun: ClassVar[str] = "samples"
 
     def __init__(
-        self,
-        batch_size: int = 128,
-        *,
-        num_workers: int = 0,
-        val_fraction: float = 0.1,
-        seed: int = 0,
-        augment: bool = False,
+        self, batch_size: int = 128, *, num_workers: int = 0, val_fraction: float = 0.1, seed: int = 0
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
@@ -155,74 +123,69 @@ class ImageData(LightningDataModule):
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
         if not 0.0 < val_fraction < 1.0:
             raise ValueError(
-                f"val_fraction must be above 0 and below 1 and leave images on both sides, got {val_fraction!r}"
+                f"val_fraction must be above 0 and below 1 and leave {self.noun} on both sides, got {val_fraction!r}"
             )
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.val_fraction = val_fraction
         self.seed = seed
-        self.augment = augment
-        self._sets: tuple[ByteImages, ByteImages, ByteImages] | None = None
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of an image, for the network."""
-        return self.input_shape[0]
-
-    @property
-    def input_size(self) -> int:
-        """Height and width of an image, for the network."""
-        return self.input_shape[-1]
+        self._sets: tuple[Samples, Samples, Samples] | None = None
 
     @abstractmethod
-    def read(self) -> tuple[ByteImages, ByteImages]:
-        """Return the training images (validation included) and the test images."""
+    def read(self) -> tuple[Samples, Samples]:
+        """Return the training samples (validation included) and the test samples."""
 
     def setup(self, stage: str) -> None:
-        """Read the images, once."""
+        """Read the samples, once."""
         self._split()
 
-    def _split(self) -> tuple[ByteImages, ByteImages, ByteImages]:
+    def split(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Return the indices of the training samples that train and that validate; drawn with ``seed``."""
+        size = len(samples)
+        held_out = round(self.val_fraction * size)
+        if not 0 < held_out < size:
+            raise ValueError(
+                f"val_fraction must be above 0 and below 1 and leave {self.noun} on both sides of "
+                f"{size}, got {self.val_fraction!r}"
+            )
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))
+        return order[held_out:], order[:held_out]
+
+    def _split(self) -> tuple[Samples, Samples, Samples]:
         if self._sets is None:
             rest, test = self.read()
-            held_out = round(self.val_fraction * len(rest))
-            if not 0 < held_out < len(rest):
-                raise ValueError(
-                    "val_fraction must be above 0 and below 1 and leave images on both sides of "
-                    f"{len(rest)}, got {self.val_fraction!r}"
-                )
-            order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(self.seed))
-            self._sets = rest.part(order[held_out:]), rest.part(order[:held_out]), test
+            train, val = self.split(rest)
+            self._sets = rest.part(train), rest.part(val), test
         return self._sets
 
     @property
-    def train_set(self) -> ByteImages:
-        """The training images."""
+    def train_set(self) -> Samples:
+        """The training samples."""
         return self._split()[0]
 
     @property
-    def val_set(self) -> ByteImages:
-        """The validation images."""
+    def val_set(self) -> Samples:
+        """The validation samples."""
         return self._split()[1]
 
     @property
-    def test_set(self) -> ByteImages:
-        """The test images; the index of an image is its id."""
+    def test_set(self) -> Samples:
+        """The test samples; the index of a sample is its id."""
         return self._split()[2]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return training batches, shuffled anew every epoch; a new loader starts the same orders again."""
         processes, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         sampler = SeededShuffle(self.train_set, self.seed, processes, rank)
-        return ResumableLoader(self.train_set, sampler=sampler, **self._options())
+        return ResumableLoader(self.train_set, sampler=sampler, **self._options())  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return validation batches in a fixed order."""
-        return DataLoader(self.val_set, **self._options())
+        return DataLoader(self.val_set, **self._options())  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Return test batches in a fixed order: the index of an image in it is its id."""
-        return DataLoader(self.test_set, **self._options())
+        """Return test batches in a fixed order: the index of a sample in it is its id."""
+        return DataLoader(self.test_set, **self._options())  # type: ignore[arg-type]
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Return the test batches."""
@@ -237,32 +200,19 @@ class ImageData(LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
         }
 
+    def augmented(self, x: Input, noise: SampleGenerator) -> Input:
+        """Change the inputs of a training batch at random, on its device; nothing by default."""
+        return x
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment training batches, by draws that depend on seed, epoch and place in the batch of all processes."""
         trainer = self.trainer
-        if not self.augment or trainer is None or not trainer.training:
+        if trainer is None or not trainer.training:
             return batch
         x, y = batch
         place = torch.arange(len(y)) * trainer.world_size + trainer.global_rank
         step = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        noise = SampleGenerator.from_ids(self.seed, place).fork("augment", *step)
-        return augmented(x, self.shift, self.mirror, noise), y
-
-
-def augmented(x: Tensor, shift: int, mirror: bool, noise: SampleGenerator) -> Tensor:
-    """Shift each image of a batch (B, C, H, W) by its own offset, filling with zeros, and mirror half of them."""
-    size, _, height, width = x.shape
-    if shift:
-        moved = noise.fork("shift").uniform(x.new_empty(size, 2), high=2 * shift + 1).long().t().unsqueeze(2)
-        rows = moved[0] + torch.arange(height, device=x.device)
-        columns = moved[1] + torch.arange(width, device=x.device)
-        batch = torch.arange(size, device=x.device).view(-1, 1, 1)
-        # Indexing around the channels puts them last.
-        x = pad(x, [shift] * 4)[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
-    if mirror:
-        chosen = noise.fork("mirror").uniform(x.new_empty(size, 1)) < 0.5
-        x = torch.where(chosen.view(-1, 1, 1, 1), x.flip(-1), x)
-    return x
+        return self.augmented(x, SampleGenerator.from_ids(self.seed, place).fork("augment", *step)), y
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from sg_lightning.datamodules.base import ByteImages, ImageData
+from sg_lightning.datamodules.pixels import ByteImages, ImageData
 from sg_lightning.threats import Budget
 
 

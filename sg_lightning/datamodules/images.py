@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from sg_lightning.datamodules.base import ByteImages, ImageData
 from sg_lightning.datamodules.files import Bytes, RemoteFile, download, read_cifar, read_idx
+from sg_lightning.datamodules.pixels import ByteImages, ImageData
 from sg_lightning.threats import Budget
 
 _CIFAR_BUDGETS = {

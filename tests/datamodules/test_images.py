@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from sg_lightning.datamodules import CIFAR10, CIFAR100, MNIST, FashionMNIST
-from sg_lightning.datamodules.base import augmented
 from sg_lightning.datamodules.files import RemoteFile, download
+from sg_lightning.datamodules.pixels import augmented
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import make_threat
 
