@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.estimators import Memory
-from sg_lightning.attacks.losses import get_loss
+from sg_lightning.attacks.losses import get_loss, higher
 from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.search import Samples, column, finite, runs, whole_number
 from sg_lightning.inputs import Input
@@ -144,11 +144,11 @@ class _Schedule:
             at.point = self.step(at, step)
             last = step == self.steps - 1
             evaluate(done + step + 1, gradient=not last)
-            better = at.loss > at.best_loss
+            better = higher(at.loss, at.best_loss)
             at.best = torch.where(column(better, at.x), at.point, at.best)
             at.best_gradient = torch.where(column(better, at.x), at.gradient, at.best_gradient)
             at.best_loss = torch.where(better, at.loss, at.best_loss)
-            at.rises = at.rises + (at.loss > at.before)
+            at.rises = at.rises + higher(at.loss, at.before)
             at.before = at.loss
             wait -= 1
             if wait == 0 and not last:
@@ -198,7 +198,7 @@ class _Momentum(_Schedule):
 
     def adapt(self, at: Samples) -> Tensor:
         """Halve where too few steps paid, or where neither the best loss nor the step has changed since the last time."""
-        stuck = ~at.halved & (at.best_loss <= at.checked)
+        stuck = ~at.halved & ~higher(at.best_loss, at.checked)
         back = (at.rises <= self.rho * self.window) | stuck
         at.size = torch.where(back, at.size / 2, at.size)
         at.checked, at.halved = at.best_loss, back

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Self  # typing has it from Python 3.11
 
 from sg_lightning.attacks.estimators import Estimator
+from sg_lightning.attacks.losses import higher
 from sg_lightning.attacks.oracle import Gradient, Oracle
 from sg_lightning.inputs import Input, assign, batch_size, detached, device_of, select, tensors
 from sg_lightning.recipes import Storable
@@ -84,7 +85,7 @@ class Progress:
         """Keep the evaluated points of the samples ``index`` that improve on what is held; ``found`` with a gradient."""
         open_ = self._spend(index, iteration, queries, found)
         first = wrong & open_ if self.goal == "success" else torch.zeros_like(wrong)
-        better = open_ & (first | (loss.double() > self.loss[index]))
+        better = open_ & (first | higher(loss, self.loss[index]))
         kept = index[better]
         assign(self.x_adv, kept, select(x_adv, better))
         self.loss[kept] = loss[better].double()

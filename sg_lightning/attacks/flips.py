@@ -12,7 +12,7 @@ from torch import Tensor
 from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.gradient import PGD
-from sg_lightning.attacks.losses import get_loss
+from sg_lightning.attacks.losses import get_loss, higher
 from sg_lightning.attacks.oracle import Oracle, check_labels
 from sg_lightning.attacks.search import Samples, finite, normalised, value, whole_number
 from sg_lightning.inputs import select
@@ -85,8 +85,11 @@ def first_order(grad: Tensor, allowed: Tensor) -> Tensor:
 
 
 def _worth(promise: Tensor, loss: Tensor, wrong: Tensor) -> Tensor:
-    """Rank evaluated candidates (B, C): a misclassified one before all others, a forbidden one after them."""
-    return torch.where(promise > -torch.inf, torch.where(wrong, torch.inf, loss.double()), -torch.inf)
+    """Rank evaluated candidates (B, C): a misclassified one before all others, a forbidden one after them.
+
+    In float32, so that rounding in the last bits of a float64 model does not tell equal ones apart.
+    """
+    return torch.where(promise > -torch.inf, torch.where(wrong, torch.inf, loss.float()), -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class GreedyFlips(Attack):
             tried, wrong = try_events(oracle, at, events.unsqueeze(2), self.loss)
             progress.queries[at.index] += events.shape[1]
             gain, place = best_first(_worth(promise, tried, wrong), self.per_round)
-            useful = gain >= at.loss.double().unsqueeze(1)
+            useful = ~higher(at.loss.float().unsqueeze(1), gain)
             useful &= torch.arange(gain.shape[1], device=gain.device) < at.left.unsqueeze(1)
             chosen = torch.where(useful, events.gather(1, place), 2 * at.x[0].numel())
             at.point = with_events(at.point, chosen.unsqueeze(1)).squeeze(1)
@@ -225,7 +228,7 @@ class SwapFlips(PGD):
             tried, wrong = try_events(oracle, at, pairs, self.loss)
             progress.queries[at.index] += pairs.shape[1]
             gain, place = best_first(_worth(promise, tried, wrong), 1)
-            better = (gain > at.loss.double().unsqueeze(1)).squeeze(1)
+            better = higher(gain, at.loss.float().unsqueeze(1)).squeeze(1)
             chosen = pairs.gather(1, place.unsqueeze(2).expand(-1, -1, 2))
             at.point = torch.where(
                 better.view(-1, *[1] * (at.x.dim() - 1)), with_events(at.point, chosen).squeeze(1), at.point

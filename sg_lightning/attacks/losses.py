@@ -68,6 +68,16 @@ def dlr_targeted(logits: Tensor, y: Tensor) -> Tensor:
     return margin_targeted(logits, y) / (first - (third + fourth) / 2 + 1e-12)
 
 
+def higher(loss: Tensor, than: Tensor) -> Tensor:
+    """Tell where a loss is higher by more than rounding, bool.
+
+    Many changes of an input change no spike, so equal losses are common. Matrix kernels round by batch shape: if their
+    last bits decided, the path of a sample would depend on the others in its batch.
+    """
+    than = than.double()
+    return loss.double() > than + 1e-14 + 1e-12 * than.abs().clamp_max(1e300)  # clamped: -inf + inf is no number
+
+
 def _of(logits: Tensor, y: Tensor) -> Tensor:
     return logits.gather(1, y.unsqueeze(1)).squeeze(1)
 

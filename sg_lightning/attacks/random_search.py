@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sg_lightning.attacks.base import Attack, Progress
-from sg_lightning.attacks.losses import get_loss
+from sg_lightning.attacks.losses import get_loss, higher
 from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.search import Samples, value
 from sg_lightning.inputs import Input, select, where
@@ -75,7 +75,7 @@ class RandomSearch(Attack):
             found = self._propose(at, query, fork) if query else self._start(at, fork)
             loss, wrong = value(oracle, found["point"], at.y, self.loss)
             progress.record(at.index, found["point"], loss, wrong, query + 1, 1)
-            better = torch.ones_like(wrong) if query == 0 else loss >= at.loss if self.sideways else loss > at.loss
+            better = torch.ones_like(wrong) if query == 0 else ~higher(at.loss, loss) if self.sideways else higher(loss, at.loss)
             for name, part in {**found, "loss": loss}.items():
                 setattr(at, name, where(better, part, getattr(at, name)) if query else part)
             if early_drop:

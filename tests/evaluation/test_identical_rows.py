@@ -11,6 +11,7 @@ from torch import nn
 
 from sg_lightning.attacks import Attack
 from sg_lightning.backbones import ConvNet
+from sg_lightning.datamodules import Digits
 from sg_lightning.evaluation import evaluate
 from sg_lightning.evaluation.rows import read_rows
 from sg_lightning.threats import Budget
@@ -48,10 +49,10 @@ class Net(ConvNet):
         return super().forward(x)
 
 
-@pytest.fixture(scope="module")
-def digits():
-    source = pytest.importorskip("sklearn.datasets").load_digits()
-    x = torch.from_numpy(source.images[:24] / 16).unsqueeze(1)
+@pytest.fixture(scope="module", params=[0, 100, 200])
+def digits(request):
+    # Loss ties that only rounding would break are met by some of these images, not by all.
+    x = Digits().test_set.images[request.param : request.param + 24].double() / 16
     net = Net()
     with torch.no_grad():
         for module in net.modules():
@@ -86,7 +87,7 @@ def ordered(rows):
 def test_rows_are_identical(run, digits, tmp_path, monkeypatch):
     whole = run(batch_size=64)
     assert {row.status for row in whole.rows} >= {"broken", "survived", "skipped"}
-    assert all(0 < whole.accuracy(norm) < whole.clean < 1 for norm in whole.norms)
+    assert all(0 < whole.accuracy(norm) < whole.clean < 1 for norm in ("linf", "l2"))
     expected = ordered(whole.rows)
     for size in (1, 7):
         assert ordered(run(batch_size=size).rows) == expected
