@@ -12,7 +12,7 @@ from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.losses import get_loss, higher
 from sg_lightning.attacks.oracle import Oracle
-from sg_lightning.attacks.search import Samples, column, finite, runs, whole_number
+from sg_lightning.attacks.search import Samples, column, finite, runs, value, whole_number
 from sg_lightning.inputs import Input
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import L1, L2, Linf, Threat
@@ -23,8 +23,10 @@ class APGD(Attack):
     """Ascend with momentum, halving the step and going back to the best point when progress stalls.
 
     Under L1 steps move the fraction of values with the largest gradients, a fraction that follows the sparsity of the
-    best point, and 60 % of the steps are spent in balls of three and two times eps, whose points are projected. Keeps
-    the first success, for survivors the point of highest loss; restarts and targets work on the survivors only.
+    best point, and 60 % of the steps are spent in balls of three and two times eps, whose points are projected. Three
+    times in each of these balls the best point is also projected on the threat itself and asked for, which costs six
+    forward passes and lets samples that are already broken go. Keeps the first success, for survivors the point of
+    highest loss; restarts and targets work on the survivors only.
 
     Args:
         threat: ``Linf``, ``L2`` or ``L1``.
@@ -41,8 +43,8 @@ class APGD(Attack):
 
     Source:
         Croce and Hein, arXiv 2003.01690; L1: arXiv 2103.01208. As in their code the step shrinks also where exactly
-        the share rho of steps paid. The projection is the exact one on ball and box for L2 too, where theirs clips
-        after projecting.
+        the share rho of steps paid. The looks from larger balls are ours. The projection is the exact one on ball and
+        box for L2 too, where theirs clips after projecting.
     """
 
     steps: int = 100
@@ -132,6 +134,10 @@ class _Schedule:
             else:
                 progress.discard(at.index, iteration, queries, found)
 
+        def look(iteration: int) -> None:
+            point = attack.threat.project(at.best, at.x)
+            progress.record(at.index, point, *value(oracle, point, at.y, attack.loss), iteration, 1)
+
         evaluate(done)
         at.best, at.best_loss, at.best_gradient, at.before = at.point, at.loss, at.gradient, at.loss
         self.begin(at)
@@ -150,6 +156,8 @@ class _Schedule:
             at.best_loss = torch.where(better, at.loss, at.best_loss)
             at.rises = at.rises + higher(at.loss, at.before)
             at.before = at.loss
+            if not count and (step + 1) % max(self.steps // 3, 1) == 0:
+                look(done + step + 1)
             wait -= 1
             if wait == 0 and not last:
                 back = self.adapt(at)

@@ -75,7 +75,13 @@ class RandomSearch(Attack):
             found = self._propose(at, query, fork) if query else self._start(at, fork)
             loss, wrong = value(oracle, found["point"], at.y, self.loss)
             progress.record(at.index, found["point"], loss, wrong, query + 1, 1)
-            better = torch.ones_like(wrong) if query == 0 else ~higher(at.loss, loss) if self.sideways else higher(loss, at.loss)
+            better = (
+                torch.ones_like(wrong)
+                if query == 0
+                else ~higher(at.loss, loss)
+                if self.sideways
+                else higher(loss, at.loss)
+            )
             for name, part in {**found, "loss": loss}.items():
                 setattr(at, name, where(better, part, getattr(at, name)) if query else part)
             if early_drop:

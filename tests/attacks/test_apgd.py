@@ -125,14 +125,16 @@ def test_l1_finds_what_many_random_restarts_of_pgd_do_not_beat(eps):
     assert float((ours.loss - theirs.loss).mean()) > -0.02
 
 
-def test_l1_steps_in_wider_balls_never_count():
+def test_l1_steps_in_wider_balls_count_only_as_projected_on_the_threat():
     net = Net(spiking=True)
     x, _, noise = case(20)
     y = net(x).argmax(1)
     result = APGD(L1(0.3), steps=30).run(Oracle(net), x, y, generator=noise)
     assert bool(L1(0.3).contains(result.x_adv, x).all())
     assert torch.equal(net(result.x_adv).argmax(1) != y, result.success)
-    assert bool((result.iterations[result.success] >= 18).all())
+    early = result.iterations[result.success & (result.iterations < 18)]
+    assert set(early.tolist()) <= {3, 6, 9, 12, 15}
+    assert len(early) > 0
 
 
 @pytest.mark.parametrize(
