@@ -200,7 +200,7 @@ class Attack(ABC):
         noise = as_sample_generator(generator, batch_size(x))
         oracle = oracle.using(self.estimator)
         drop = early_drop and goal == "success" and not oracle.stochastic and oracle.per_sample
-        with oracle.attacking():
+        with oracle.attacking(fold=True):
             x, y = detached(x), y.detach().clone()
             progress = self._progress(x, goal)
             self._search(oracle, x, y, noise, progress, drop)

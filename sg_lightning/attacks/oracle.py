@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sg_lightning.attacks.estimators import Estimator, Memory
+from sg_lightning.attacks.folding import folded
 from sg_lightning.attacks.losses import Loss
-from sg_lightning.inputs import Input, apply, batch_size, device_of, rebuild, select, tensors
+from sg_lightning.attacks.room import Room, rounded_up
+from sg_lightning.inputs import Input, apply, batch_size, device_of, rebuild, tensors
 
 Mode = Literal["eval", "train"]
 OnNonfinite = Literal["mark", "raise"]
@@ -70,7 +72,7 @@ class Oracle:
         eot: Gradients averaged per step (expectation over transformation), for stochastic models.
         votes: Fresh forward passes whose majority decides about success, for stochastic models.
         autocast: Dtype of the model call, e.g. ``torch.bfloat16``; inputs, losses and projections stay as they are.
-        batch_size: Largest number of samples per model call; ``None``: all at once.
+        batch_size: Largest number of samples per model call; ``None``: all at once. Where memory runs out, half as many.
         on_nonfinite: ``"mark"`` the sample as invalid, or ``"raise"``.
         mode: ``"eval"``, or ``"train"`` to keep the flags as they are (batch statistics); buffers are restored anyway.
 
@@ -91,6 +93,7 @@ class Oracle:
     mode: Mode = "eval"
     counts: Counts = field(default_factory=Counts)
     health: Health = field(default_factory=Health)
+    room: Room = field(default_factory=Room)
 
     def __post_init__(self) -> None:
         for name in ("eot", "votes", "batch_size"):
@@ -105,6 +108,7 @@ class Oracle:
         refusal = None if self.estimator is None else self.estimator.refusal(self.model)
         if refusal is not None:
             raise ValueError(refusal)
+        self.room.samples = self.batch_size if self.room.samples is None else self.room.samples
         self._depth = 0
         self.classes = 0  # known after the first forward pass
 
@@ -112,6 +116,10 @@ class Oracle:
     def modules(self) -> list[nn.Module]:
         """Every sub-module of the model; empty for a plain function."""
         return list(self.model.modules()) if isinstance(self.model, nn.Module) else []
+
+    @property
+    def _compiled(self) -> bool:
+        return any(hasattr(module, "_orig_mod") for module in self.modules)
 
     @property
     def passes(self) -> int:
@@ -137,8 +145,13 @@ class Oracle:
         return self.estimator is None or self.estimator.per_sample
 
     @contextmanager
-    def attacking(self) -> Iterator[None]:
-        """Enter evaluation state; leave everything as it was."""
+    def attacking(self, *, fold: bool = False) -> Iterator[None]:
+        """Enter evaluation state; leave everything as it was.
+
+        Args:
+            fold: Let convolutions do the work of their batch norms in between, see
+                :func:`~sg_lightning.attacks.folding.folded`: faster, and what is found must be verified without.
+        """
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -147,6 +160,8 @@ class Oracle:
                 if self.mode == "eval":
                     for module in self.modules:
                         module.training = False
+                if fold:
+                    stack.enter_context(folded(self.model))
             self._depth += 1
             stack.callback(self._leave)
             yield
@@ -177,7 +192,7 @@ class Oracle:
     def logits(self, x: Input) -> Tensor:
         """Return logits (B, K) of one forward pass per sample, without graph."""
         with self.attacking(), torch.no_grad():
-            return torch.cat([self._forward(part) for part in self._chunks(x)])
+            return torch.cat(self.room.chunks(x, lambda part, _: self._forward(part)))
 
     def misclassified(self, x: Input, y: Tensor) -> Tensor:
         """Tell per sample (B,) whether most of ``votes`` fresh forward passes are wrong."""
@@ -200,17 +215,18 @@ class Oracle:
             memory: What the estimator knows of these samples from earlier calls; updated. ``None``: nothing.
         """
         memory = Memory() if memory is None else memory
+
+        def evaluate(part: Input, index: Tensor) -> tuple[Gradient, Memory]:
+            whole = len(index) == len(y)
+            own = Memory(dict(memory.values)) if whole else memory.select(index)  # a pass may fail half-way
+            return self._gradient(part, y[index], loss, own), own
+
         with self.attacking():
-            chunks = self._chunks(x)
-            if len(chunks) == 1:
-                return self._gradient(x, y, loss, memory)
-            parts, memories, start = [], [], 0
-            for chunk in chunks:
-                index = torch.arange(start, start + batch_size(chunk), device=y.device)
-                memories.append(memory.select(index))
-                parts.append(self._gradient(chunk, y[index], loss, memories[-1]))
-                start += batch_size(chunk)
-            memory.put(memories)
+            found = self.room.chunks(x, evaluate)
+        memory.put([own for _, own in found])
+        parts = [gradient for gradient, _ in found]
+        if len(parts) == 1:
+            return parts[0]
         grads = [torch.cat(g) for g in zip(*(tensors(part.grad) for part in parts), strict=True)]
         return Gradient(
             torch.cat([p.loss for p in parts]),
@@ -296,21 +312,14 @@ class Oracle:
             )
         return ~finite, zero
 
-    def _chunks(self, x: Input) -> list[Input]:
-        size = batch_size(x)
-        if self.batch_size is None or size <= self.batch_size:
-            return [x]
-        index = torch.arange(size, device=device_of(x)).split(self.batch_size)
-        return [select(x, part) for part in index]
-
     def _forward(self, x: Input) -> Tensor:
+        given = rounded_up(x) if self._compiled and self.estimator is None else x
+        with nullcontext() if self.autocast is None else torch.autocast(device_of(x).type, dtype=self.autocast):
+            z = self.model(given)
         self.counts.forwards += batch_size(x)
-        if self.autocast is None:
-            z = self.model(x)
-        else:
-            with torch.autocast(device_of(x).type, dtype=self.autocast):
-                z = self.model(x)
-            z = z.float() if isinstance(z, Tensor) else z
+        if isinstance(z, Tensor):
+            z = z if self.autocast is None else z.float()
+            z = z if given is x else z[: batch_size(x)]
         if not self.classes:
             check_logits(z, batch_size(x))
             self.classes = z.shape[1]

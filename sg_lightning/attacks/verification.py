@@ -27,7 +27,7 @@ class Verdict:
 
 def verify(oracle: Oracle, threat: Threat, x: Input, x_adv: Input, y: Tensor) -> Verdict:
     """Check adversarial examples with nothing swapped in the model, by majority of the oracle's votes."""
-    clean = Oracle(oracle.model, votes=oracle.votes, batch_size=oracle.batch_size, autocast=oracle.autocast)
+    clean = Oracle(oracle.model, votes=oracle.votes, room=oracle.room, autocast=oracle.autocast)
     inside = threat.contains(x_adv, x)
     finite = apply(lambda t: torch.nan_to_num(t, 0.0, 0.0, 0.0), x_adv)
     wrong = clean.misclassified(finite, y)

@@ -35,6 +35,8 @@ def over_time(layer: nn.Module, x: Tensor) -> Tensor:
 class OverTime(nn.Sequential):
     """Apply layers in turn to a sequence (T, B, ...): neurons see time, all other layers see it folded away."""
 
+    in_order = True  # each layer's output is the next one's input: attacks may fold batch norms
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the sequence (T, B, ...) after the last layer."""
         for layer in self:
