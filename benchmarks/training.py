@@ -1,0 +1,294 @@
+"""Training and attack steps of whole networks: ours against snnTorch, spikingjelly and the same network with ReLU.
+
+    python benchmarks/training.py --networks vgg shd shd-recurrent dvs
+
+You will see: CPU time of a training step (forward, backward, SGD with momentum) and of a PGD step (gradient with respect
+to the input, projection) of every contestant, in turns, and the ratio to snnTorch stepped over time (what most code does)
+and to the floor, the same network with every neuron replaced by ReLU. All contestants have the same weights; that spikes
+and gradients agree is checked before anything is timed. spikingjelly takes part where it is installed.
+Results go to benchmarks/results (training.json, training.md, training.png).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import networks
+import torch
+from networks import NETWORKS, Folded, Network
+from timing import measured, provenance, race, ratios
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sg_lightning.attacks import Oracle
+from sg_lightning.attacks.losses import cross_entropy as attack_loss
+
+ROOT = Path(__file__).parent.parent
+STEP, FOLD, JELLY, OURS, FLOOR = (
+    "snnTorch, stepped",
+    "snnTorch, folded",
+    "spikingjelly, multi-step",
+    "ours",
+    "ReLU (floor)",
+)
+KINDS = ("train", "pgd")
+
+
+class Static(nn.Module):
+    """A network that makes its sequence from a constant input, so that an attack changes (B, ...)."""
+
+    def __init__(self, net: nn.Module, network: Network) -> None:
+        super().__init__()
+        self.net, self.network = net, network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits of (B, ...) or, with time in the sample, of (B, T, ...)."""
+        return self.net(x.expand(self.network.steps, *x.shape) if self.network.constant else x.transpose(0, 1))
+
+
+def contestants(network: Network) -> dict[str, nn.Module]:
+    """Return the networks of all contestants, with equal weights."""
+    layers = network.weights()
+    found = {
+        STEP: networks.SnnTorchSteps(layers, network.beta),
+        FOLD: networks.snntorch_fold(layers, network.beta),
+        OURS: Folded(layers, networks.ours(network.beta)),
+        FLOOR: networks.floor(layers),
+    }
+    if importlib.util.find_spec("spikingjelly") and all(
+        layer.feedback is None for layer in layers if isinstance(layer, networks.Mark)
+    ):
+        found[JELLY] = networks.spikingjelly(layers, network.beta)
+    return {name: Static(net, network) for name, net in found.items()}
+
+
+def batch(network: Network) -> tuple[Tensor, Tensor]:
+    """Return inputs (B, ...) or (B, T, ...), and labels."""
+    sequence, y = network.inputs()
+    return (sequence[0] if network.constant else sequence.transpose(0, 1)).contiguous(), y
+
+
+def check(nets: dict[str, nn.Module], network: Network) -> dict[str, Any]:
+    """Refuse to time networks that are silent or not the same.
+
+    snnTorch stepped over time normalises every step by itself in training, so it is compared in evaluation state, with
+    the running statistics that one pass of ours leaves.
+
+    Raises:
+        RuntimeError: if they are not.
+    """
+    x, y = batch(network)
+    rates = networks.firing(
+        nets[OURS].train().net, x.expand(network.steps, *x.shape) if network.constant else x.transpose(0, 1)
+    )
+    if not all(0.05 <= rate <= 0.5 for rate in rates):
+        raise RuntimeError(f"every layer must fire in 5 to 50 % of its steps, got {rates}")
+    differences: dict[str, float] = {}
+    reference: dict[bool, tuple[Tensor, Tensor]] = {}
+    names = [OURS, *(name for name in nets if name not in (OURS, FLOOR))]
+    for training in (True, False):
+        for name in names:
+            net = nets[name]
+            if training and name == STEP:
+                continue
+            if not training:
+                for norm, ours in zip(_norms(net), _norms(nets[OURS]), strict=True):
+                    norm.load_state_dict(ours.state_dict())
+            point = x.clone().requires_grad_()
+            z = net.train(training)(point)
+            (g,) = torch.autograd.grad(cross_entropy(z, y), point)
+            if name == OURS:
+                reference[training] = z.detach(), g
+                continue
+            other, slope = reference[training]
+            if not torch.allclose(z, other, rtol=0, atol=2e-5 * float(other.abs().max())):
+                raise RuntimeError(f"{name} computes other logits than ours: {float((z - other).abs().max())} apart")
+            differences[f"{name}, {'training' if training else 'evaluation'}"] = float(
+                (g - slope).norm() / slope.norm()
+            )
+    if max(differences.values()) > 1e-3:
+        raise RuntimeError(f"input gradients differ: {differences}")
+    return {"firing": rates, "gradients_relative": differences}
+
+
+def _norms(net: nn.Module) -> list[nn.Module]:
+    return [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def training_step(net: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype | None) -> Callable[[int], None]:
+    """Return one step of SGD with momentum."""
+    optimiser = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
+
+    def run(_: int) -> None:
+        net.train()
+        optimiser.zero_grad()
+        with _cast(dtype):
+            loss = cross_entropy(net(x).float(), y)
+        loss.backward()
+        optimiser.step()
+
+    return run
+
+
+def attack_step(
+    net: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype | None, *, backward: bool
+) -> Callable[[int], None]:
+    """Return three steps of PGD by sign; ``backward``: with ``loss.backward()``, as is usual, else our oracle."""
+
+    def project(point: Tensor, grad: Tensor) -> Tensor:
+        return (x + (point + 0.01 * grad.sign() - x).clamp(-0.03, 0.03)).clamp(0, 1)
+
+    def usual(_: int) -> None:
+        net.eval()
+        point = x.clone()
+        for _step in range(3):
+            point = point.detach().requires_grad_()
+            with _cast(dtype):
+                loss = cross_entropy(net(point).float(), y)
+            if backward:
+                net.zero_grad()
+                loss.backward()
+                grad = point.grad
+            else:
+                (grad,) = torch.autograd.grad(loss, point)
+            point = project(point.detach(), grad)
+
+    def engine(_: int) -> None:
+        oracle, point = Oracle(net, autocast=dtype), x
+        with oracle.attacking(fold=True):
+            for _step in range(3):
+                point = project(point, oracle.value_and_grad(point, y, attack_loss).grad)
+
+    return usual if backward or not isinstance(net.net, Folded) or type(net.net) is not Folded else engine
+
+
+def _cast(dtype: torch.dtype | None) -> Any:
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
+
+def measure(name: str, rounds: int, precisions: Sequence[str]) -> list[dict[str, Any]]:
+    """Race the contestants on one network."""
+    network = NETWORKS[name]
+    nets = contestants(network)
+    checked = check(nets, network)
+    x, y = batch(network)
+    runs: dict[str, Callable[[int], None]] = {}
+    for precision in precisions:
+        dtype = None if precision == "fp32" else torch.bfloat16
+        for who, net in nets.items():
+            runs[f"train | {precision} | {who}"] = training_step(net, x, y, dtype)
+            usual = who in (STEP, FOLD, JELLY)
+            runs[f"pgd | {precision} | {who}"] = attack_step(net, x, y, dtype, backward=usual)
+            if who in (FOLD, JELLY):
+                runs[f"pgd | {precision} | {who}, input gradient only"] = attack_step(net, x, y, dtype, backward=False)
+    first: dict[str, float] = {}
+    for key, run in runs.items():  # compilation, caches, allocator
+        started = time.perf_counter()
+        run(0)
+        first[key] = time.perf_counter() - started
+        run(0)
+    seconds = race(runs, rounds, lambda *_: None)
+    records = []
+    for key, spent in seconds.items():
+        kind, precision, who = key.split(" | ")
+        records.append({
+            "network": name, "kind": kind, "precision": precision, "contestant": who, "seconds": spent,
+            "first_call": first[key],
+            "speedup": ratios(seconds[f"{kind} | fp32 | {STEP}"], spent),
+            "over_floor": ratios(spent, seconds[f"{kind} | {precision} | {FLOOR}"]),
+            "checked": checked,
+        })  # fmt: skip
+        print(
+            f"{name} | {key}: {median(records[-1]['speedup']):.2f}, {median(records[-1]['over_floor']):.2f}",
+            file=sys.stderr,
+        )
+    return records
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write median and quartiles."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return f"{median(values):.2f} ({low:.2f}-{high:.2f})"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Write the results as Markdown."""
+    head = (
+        f"{measured(results['provenance'])}. {results['rounds']} rounds in turns; medians, quartiles in brackets; CPU time. "
+        "Speed-up is over snnTorch stepped over time in fp32, whose PGD step calls `loss.backward()`; time / floor is "
+        "against the network with ReLU in the same precision."
+    )
+    lines = [
+        head, "", "| Network | Step | Precision | Contestant | ms | Speed-up | Time / floor |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for record in results["records"]:
+        lines.append(
+            f"| {record['network']} | {record['kind']} | {record['precision']} | {record['contestant']} | "
+            f"{1000 * median(record['seconds']):.0f} | {spread(record['speedup'])} | {spread(record['over_floor'])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw time relative to the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cells = list(dict.fromkeys((r["network"], r["kind"], r["precision"]) for r in results["records"]))
+    names = list(dict.fromkeys(r["contestant"] for r in results["records"] if r["contestant"] != FLOOR))
+    figure, axes = plt.subplots(figsize=(1.5 + 1.15 * len(cells), 4.2), layout="constrained")
+    width = 0.8 / len(names)
+    for place, name in enumerate(names):
+        for column, cell in enumerate(cells):
+            found = [
+                r
+                for r in results["records"]
+                if (r["network"], r["kind"], r["precision"]) == cell and r["contestant"] == name
+            ]
+            if found:
+                axes.bar(column + (place - (len(names) - 1) / 2) * width, median(found[0]["over_floor"]), width,
+                         color=f"C{place}", label=name if column == 0 else None)  # fmt: skip
+    axes.axhline(1.0, color="0.3", linewidth=1)
+    axes.set_xticks(range(len(cells)), ["\n".join(cell) for cell in cells], fontsize=8)
+    axes.set_ylabel("time / time with ReLU (lower is better)")
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=["vgg", "shd", "shd-recurrent", "dvs"], choices=NETWORKS)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    results = {
+        "provenance": provenance(["torch", "snntorch", "spikingjelly", "sg-lightning"]), "rounds": args.rounds,
+        "records": [r for name in args.networks for r in measure(name, args.rounds, args.precisions)],
+    }  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "training.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (args.out / "training.md").write_text(table(results), encoding="utf-8")
+    plot(results, args.out / "training.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
