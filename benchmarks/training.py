@@ -72,9 +72,9 @@ def contestants(network: Network) -> dict[str, nn.Module]:
 
 
 def batch(network: Network) -> tuple[Tensor, Tensor]:
-    """Return inputs (B, ...) or (B, T, ...), and labels."""
+    """Return inputs (B, ...) or, as a view with time first in memory, (B, T, ...), and labels."""
     sequence, y = network.inputs()
-    return (sequence[0] if network.constant else sequence.transpose(0, 1)).contiguous(), y
+    return sequence[0] if network.constant else sequence.transpose(0, 1), y
 
 
 def check(nets: dict[str, nn.Module], network: Network) -> dict[str, Any]:

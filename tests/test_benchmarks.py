@@ -91,3 +91,42 @@ def test_cascade_saves_passes_and_changes_nothing(load, monkeypatch, tmp_path):
     assert cascade["robust"] == drops["robust"] == full["robust"]
     assert 0 < cascade["backwards"][0] <= drops["backwards"][0] <= full["backwards"][0]
     assert "| cascade |" in (tmp_path / "cascade.md").read_text()
+
+
+@pytest.mark.parametrize("module", ["training", "memory", "scaling"])
+def test_speed_benchmarks_run_and_write_their_tables(load, module, tmp_path):
+    own = {
+        "training": ["--networks", "tiny", "--rounds", "2"],
+        "memory": ["--networks", "tiny", "layer-4"],
+        "scaling": ["--small", "--rounds", "2"],
+    }
+    load(module).main([*own[module], "--out", str(tmp_path)])
+    text = (tmp_path / f"{module}.md").read_text(encoding="utf-8")
+    assert "python " in text
+    assert text.count("\n|") > 4
+    assert json.loads((tmp_path / f"{module}.json").read_text(encoding="utf-8"))["provenance"]["commit"]
+
+
+def test_contestants_that_compute_something_else_are_not_timed(load):
+    training = load("training")
+    network = training.NETWORKS["tiny"]
+    nets = training.contestants(network)
+    training.check(nets, network)
+    with torch.no_grad():
+        nets[training.FOLD].net.head.bias += 0.1
+    with pytest.raises(RuntimeError, match="computes other logits"):
+        training.check(nets, network)
+    with torch.no_grad():
+        nets[training.OURS].net.features[0].weight.zero_()
+    with pytest.raises(RuntimeError, match="every layer must fire"):
+        training.check(nets, network)
+
+
+def test_the_step_of_the_official_style_is_ours(load):
+    assert load("sparse_gradient").check()["gradients_relative_to_largest"] < 1e-9
+
+
+def test_a_cubic_growth_has_exponent_three(load):
+    sizes = [1, 2, 4, 8, 16]
+    assert load("scaling").exponent(sizes, [n**3 for n in sizes]) == pytest.approx(3)
+    assert load("scaling").exponent(sizes, [5.0 + n for n in sizes]) < 1

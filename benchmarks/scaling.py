@@ -1,0 +1,163 @@
+"""How the cost of spiking layers and networks grows with T, B and the image.
+
+    python benchmarks/scaling.py
+
+You will see: CPU time of forward and backward of one LIF layer for T = 1 to 128 and B = 1 to 1024, of the dense network
+of benchmarks/training.py for T B up to 512 samples and steps, and of the event network for images of 32 to 128 pixels;
+the exponent of each growth, fitted on logarithms past the start-up cost (linear is 1), and the cost per element and step.
+Results go to benchmarks/results (scaling.json, scaling.md, scaling.png).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from networks import NETWORKS, Folded, ours
+from timing import measured, provenance, race
+from torch.nn.functional import cross_entropy
+
+from sg_lightning.neurons import LIF, surrogates
+
+ROOT = Path(__file__).parent.parent
+NEURONS = 256  # of the layer, times B
+
+
+def layer(steps: int, batch: int) -> tuple[Callable[[int], None], int]:
+    """Return forward and backward of a layer, and its elements times steps."""
+    neuron = LIF(0.5, 1.0, "zero", detach_reset=True, surrogate=surrogates.Atan(2.0))
+    x = (torch.rand(steps, batch, NEURONS) * 1.2).requires_grad_()
+    upstream = torch.rand(steps, batch, NEURONS)
+
+    def run(_: int) -> None:
+        torch.autograd.grad(neuron(x), x, upstream)
+
+    return run, x.numel()
+
+
+def network(name: str, steps: int, batch: int, size: int | None = None) -> tuple[Callable[[int], None], int]:
+    """Return forward and backward of a network, and the values of its input."""
+    chosen = NETWORKS[name]
+    chosen = replace(chosen, steps=steps, batch=batch, shape=chosen.shape if size is None else (2, size, size))
+    layers = chosen.weights()
+    if size is not None:  # the linear layer behind the convolutions fits one size
+        features = layers[-3].in_features * size * size // 128**2
+        layers[-3] = torch.nn.Linear(features, layers[-3].out_features)
+    net = Folded(layers, ours(chosen.beta)).train()
+    x, y = chosen.inputs()
+
+    def run(_: int) -> None:
+        cross_entropy(net(x), y).backward()
+
+    return run, x.numel()
+
+
+def cases(*, small: bool) -> dict[str, dict[int, tuple[Callable[[int], None], int]]]:
+    """Return the runs of each growth by the value that grows."""
+    top = 3 if small else 8
+    dense, steps = ("tiny", 6) if small else ("shd", 8)
+    found = {
+        "layer, T (B = 64)": {2**k: layer(2**k, 64) for k in range(top)},
+        "layer, B (T = 8)": {2**k: layer(8, 2**k) for k in range(3 if small else 11)},
+        f"dense net, T (B = {4 if small else 16})": {
+            2**k: network(dense, 2**k, 4 if small else 16) for k in range(3 if small else 6)
+        },
+        f"dense net, B (T = {steps})": {2**k: network(dense, steps, 2**k) for k in range(3 if small else 7)},
+    }
+    if not small:
+        found["event net, pixels (T = 4, B = 2)"] = {s * s: network("dvs", 4, 2, s) for s in (32, 64, 96, 128)}
+    return found
+
+
+def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
+    """Fit the slope of log time over log size where time is at least four times the smallest, or on the last three."""
+    points = [(math.log(n), math.log(t)) for n, t in zip(sizes, seconds, strict=True) if t >= 4 * min(seconds)]
+    if len(points) < 3:
+        points = [(math.log(n), math.log(t)) for n, t in zip(sizes, seconds, strict=True)][-3:]
+    mean_x, mean_y = (sum(axis) / len(points) for axis in zip(*points, strict=True))
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+def measure(rounds: int, *, small: bool) -> list[dict[str, Any]]:
+    """Race the sizes of each growth."""
+    records = []
+    for name, runs in cases(small=small).items():
+        for run, _ in runs.values():
+            run(0)
+            run(0)
+        found = race({str(value): run for value, (run, _) in runs.items()}, rounds, lambda *_: None)
+        seconds = {value: median(found[str(value)]) for value in runs}
+        cost = {value: 1e9 * seconds[value] / runs[value][1] for value in runs}
+        records.append({
+            "growth": name, "seconds": seconds, "nanoseconds_per_value": cost, "rounds": found,
+            "exponent": exponent(list(runs), list(seconds.values())),
+        })  # fmt: skip
+    return records
+
+
+def table(results: dict[str, Any]) -> str:
+    """Write the results as Markdown."""
+    head = (
+        f"{measured(results['provenance'])}. Medians of {results['rounds']} rounds in turns, CPU time of forward and "
+        "backward. Values: those of the input (B T N)."
+    )
+    lines = [head, "", "| Growth | From - to | ms | ns per value | Exponent |", "|---|---|---|---|---|"]
+    for record in results["records"]:
+        sizes, cost, spent = (list(part) for part in (record["seconds"], record["nanoseconds_per_value"].values(), record["seconds"].values()))  # fmt: skip
+        lines.append(
+            f"| {record['growth']} | {sizes[0]} - {sizes[-1]} | {', '.join(f'{1000 * t:.3g}' for t in spent)} | "
+            f"{', '.join(f'{c:.2g}' for c in cost)} | {record['exponent']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw every growth on logarithmic axes, beside a straight line of slope 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = results["records"]
+    figure, all_axes = plt.subplots(
+        1, len(records), figsize=(3.1 * len(records), 3.1), layout="constrained", squeeze=False
+    )
+    for axes, record in zip(all_axes[0], records, strict=True):
+        sizes, spent = [int(n) for n in record["seconds"]], [1000 * t for t in record["seconds"].values()]
+        axes.loglog(sizes, spent, "o-", color="C0", markersize=4)
+        axes.loglog(sizes, [spent[-1] * n / sizes[-1] for n in sizes], "--", color="0.6", linewidth=1)
+        axes.set_title(f"{record['growth']}\nexponent {record['exponent']:.2f}", fontsize=9)
+        axes.set_ylabel("ms")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to try the benchmark itself")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    results = {
+        "provenance": provenance(["torch", "sg-lightning"]), "rounds": args.rounds,
+        "records": measure(args.rounds, small=args.small),
+    }  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "scaling.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (args.out / "scaling.md").write_text(table(results), encoding="utf-8")
+    plot(results, args.out / "scaling.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
