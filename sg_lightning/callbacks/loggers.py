@@ -9,6 +9,7 @@ import csv
 from collections.abc import Sequence
 from functools import singledispatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -58,6 +59,34 @@ def log_table(logger: Logger, name: str, columns: Sequence[str], rows: Sequence[
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
+
+
+@singledispatch
+def log_animation(logger: Logger, name: str, gif: bytes, step: int) -> None:
+    """Log an animated GIF; a logger without moving pictures gets a file in its folder.
+
+    Args:
+        logger: Where to.
+        name: Name such as ``robust/animation``.
+        gif: Content of the file.
+        step: Global step.
+    """
+    path = folder_of(logger) / "figures" / f"{name.replace('/', '_')}_{step}.gif"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gif)
+
+
+@log_animation.register(DummyLogger)
+def _(logger: DummyLogger, name: str, gif: bytes, step: int) -> None:
+    pass
+
+
+@log_animation.register(WandbLogger)
+def _(logger: WandbLogger, name: str, gif: bytes, step: int) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "animation.gif"
+        path.write_bytes(gif)
+        logger.log_video(key=name, videos=[str(path)], step=step, format=["gif"])  # copied at once
 
 
 @log_figure.register(DummyLogger)
@@ -117,9 +146,13 @@ def log_result(logger: Logger, result: RobustnessResult, step: int) -> None:
     """Give a result to a logger: a table, and accuracy over budget if matplotlib is there."""
     log_table(logger, "robust/table", TABLE, table_rows(result), step)
     try:
-        from sg_lightning.reporting import accuracy_curves
+        from sg_lightning.reporting import accuracy_curves, animation, examples_figure
 
-        figure = accuracy_curves({"this run": result})
+        log_figure(logger, "robust/curves", accuracy_curves({"this run": result}), step)
+        if result.examples:
+            log_figure(logger, "robust/examples", examples_figure(result), step)
+        moving = animation(result)
     except ImportError:
         return
-    log_figure(logger, "robust/curves", figure, step)
+    if moving is not None:
+        log_animation(logger, "robust/animation", moving, step)

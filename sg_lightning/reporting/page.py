@@ -30,7 +30,12 @@ class Picture:
     section: str
     alt: str
     caption: str
-    png: bytes
+    content: bytes
+
+    @property
+    def kind(self) -> str:
+        """``png`` or ``gif``, the ending of its file."""
+        return "gif" if self.content.startswith(b"GIF8") else "png"
 
 
 @dataclass(frozen=True)
@@ -103,12 +108,15 @@ def _pictures(pictures: Iterable[Picture], section: str) -> str:
 
 def _figure(picture: Picture) -> str:
     """Embed a figure at its natural size; a smaller screen shrinks it."""
-    width, height = (round(pixels * 100 / DPI) for pixels in struct.unpack(">II", picture.png[16:24]))  # PNG header
-    data = base64.b64encode(picture.png).decode()
+    if picture.kind == "gif":
+        width, height = struct.unpack("<HH", picture.content[6:10])
+    else:
+        width, height = (round(pixels * 100 / DPI) for pixels in struct.unpack(">II", picture.content[16:24]))
+    data = base64.b64encode(picture.content).decode()
     caption = f"<figcaption>{escape(picture.caption)}</figcaption>" if picture.caption else ""
     return (
         f'<figure><img width="{width}" height="{height}" alt="{escape(picture.alt)}" '
-        f'src="data:image/png;base64,{data}">{caption}</figure>'
+        f'src="data:image/{picture.kind};base64,{data}">{caption}</figure>'
     )
 
 

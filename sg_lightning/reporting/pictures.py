@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PER_NORM = 2  # examples of each norm, side by side
+_ADDED, _GONE = "#b2182b", "#2166ac"
 
 
 def as_plane(x: Tensor) -> np.ndarray:
@@ -43,8 +44,9 @@ def as_plane(x: Tensor) -> np.ndarray:
 def examples_figure(result: RobustnessResult, name: str = "") -> Figure:
     """Draw clean input, adversarial input and amplified difference for some samples of each norm.
 
-    Of a joint input the first modality is drawn. Every difference has a factor of its own, written above it, so that
-    small ones can be seen.
+    Of a joint input the modality that changed most is drawn. Every difference of images has a factor of its own, written
+    above it, so that small ones can be seen; spikes and events that were added are marked red, those taken away blue,
+    and counted.
 
     Args:
         result: An evaluation that kept examples.
@@ -59,8 +61,9 @@ def examples_figure(result: RobustnessResult, name: str = "") -> Figure:
     if not by_norm:
         raise ValueError("the result holds no examples: no attack succeeded, or the evaluation kept none")
     groups = max(len(found) for found in by_norm.values())
-    plane = as_plane(tensors(shown[0].clean)[0])
-    aspect = min(max(plane.shape[0] / plane.shape[1], 0.35), 1.6)
+    plane = as_plane(attacked(shown[0])[1])
+    raster = attacked(shown[0])[1].dim() == 2
+    aspect = 0.8 if raster else min(max(plane.shape[0] / plane.shape[1], 0.35), 1.6)
     figure = style.new_figure(1.35 * 3 * groups + 1.4, (1.35 * aspect + 0.32) * len(by_norm) + 0.75)
     # A narrow empty column sets the groups of three apart.
     widths = ([1, 1, 1, 0.18] * groups)[:-1]
@@ -80,9 +83,45 @@ def examples_figure(result: RobustnessResult, name: str = "") -> Figure:
     return figure
 
 
+def attacked(example: summary.Example) -> tuple[str, Tensor, Tensor]:
+    """Return name, clean and adversarial sample of the modality that changed in the largest share of its values."""
+    pairs = list(zip(tensors(example.clean), tensors(example.adversarial), strict=True))
+    names = list(example.clean) if isinstance(example.clean, dict) else [""]
+    shares = [float((clean != adversarial).double().mean()) for clean, adversarial in pairs]
+    chosen = shares.index(max(shares))
+    return names[chosen], *pairs[chosen]
+
+
+def is_events(sample: Tensor) -> bool:
+    """Tell whether a sample is a raster (T, N) or frames (T, C, H, W) of whole counts."""
+    return sample.dim() in (2, 4) and bool((sample == sample.round()).all()) and bool((sample >= 0).all())
+
+
 def _draw(panels: list[Axes], example: summary.Example, *, headed: bool) -> None:
-    clean, adversarial = (as_plane(tensors(x)[0]) for x in (example.clean, example.adversarial))
+    name, before, after = attacked(example)
+    events = is_events(before) and is_events(after)
+    clean, adversarial = as_plane(before), as_plane(after)
     difference = adversarial - clean
+    if events and before.dim() == 2:
+        note = _draw_rasters(panels, clean, adversarial)
+    else:
+        note = _draw_planes(panels, clean, adversarial, difference, amplified=not events)
+    if events:
+        moved = (after - before).double()
+        note = f"+{moved.clamp_min(0).sum():.0f} −{(-moved).clamp_min(0).sum():.0f}"
+    titles = (
+        f"{example.label}" + f" ({name})" * bool(name),
+        f"{example.label} → {example.predicted}",
+        f"{note}, size {example.size:.4g}",
+    )
+    for axes, head, title in zip(panels, ("clean", "adversarial", "difference"), titles, strict=True):
+        axes.set_title(f"{head}\n{title}" if headed else title, fontsize=9, color=style.INK, pad=4)
+
+
+def _draw_planes(
+    panels: list[Axes], clean: np.ndarray, adversarial: np.ndarray, difference: np.ndarray, *, amplified: bool
+) -> str:
+    """Show images side by side; return by how much the difference is amplified."""
     largest = float(np.abs(difference).max())
     scale = _scale(clean, adversarial)
     for axes, plane in ((panels[0], clean), (panels[1], adversarial)):
@@ -93,13 +132,33 @@ def _draw(panels: list[Axes], example: summary.Example, *, headed: bool) -> None
         _show(panels[2], 0.5 + factor * difference)
     else:
         _show(panels[2], factor * difference, cmap=_diverging(), vmin=-span, vmax=span)
-    titles = (
-        f"{example.label}",
-        f"{example.label} → {example.predicted}",
-        f"×{factor:.2g}, size {example.size:.3g}",
-    )
-    for axes, head, title in zip(panels, ("clean", "adversarial", "difference"), titles, strict=True):
-        axes.set_title(f"{head}\n{title}" if headed else title, fontsize=9, color=style.INK, pad=4)
+    return f"×{factor:.2g}" if amplified else ""
+
+
+def _draw_rasters(panels: list[Axes], clean: np.ndarray, adversarial: np.ndarray) -> str:
+    """Show rasters (N, T) as densities that read like a spectrogram, and every changed spike as a mark."""
+    top = float(max(pooled(clean).max(), pooled(adversarial).max(), 1e-9))
+    extent = (-0.5, clean.shape[1] - 0.5, -0.5, clean.shape[0] - 0.5)
+    for axes, plane in ((panels[0], clean), (panels[1], adversarial)):
+        _show(axes, pooled(plane), cmap="Greys", vmin=0.0, vmax=top, origin="lower", extent=extent)
+    _show(panels[2], np.zeros((1, 1)), cmap="Greys", vmin=0.0, vmax=1.0, origin="lower", extent=extent)
+    for colour, mask in ((_ADDED, adversarial > clean), (_GONE, adversarial < clean)):
+        channel, time = np.nonzero(mask)
+        for axes in panels[1:]:
+            axes.scatter(
+                time, channel, s=min(max(1500 / max(len(time), 1), 0.3), 4.0), c=colour, linewidths=0, zorder=3
+            )
+    return ""
+
+
+def pooled(plane: np.ndarray, most: tuple[int, int] = (70, 100)) -> np.ndarray:
+    """Average a raster (N, T) over blocks, so that at most ``most`` rows and columns are left; edges may be smaller."""
+    for axis, limit in enumerate(most):
+        width = -(-plane.shape[axis] // limit)
+        starts = np.arange(0, plane.shape[axis], width)
+        sizes = np.diff(np.append(starts, plane.shape[axis]))
+        plane = np.add.reduceat(plane, starts, axis=axis) / np.expand_dims(sizes, 1 - axis)
+    return plane
 
 
 def _scale(clean: np.ndarray, adversarial: np.ndarray) -> dict[str, Any]:
@@ -115,11 +174,12 @@ def _scale(clean: np.ndarray, adversarial: np.ndarray) -> dict[str, Any]:
 
 def _diverging() -> Any:
     colours = require("matplotlib.colors", "report", "drawing a report")
-    return colours.LinearSegmentedColormap.from_list("signed", ["#2166ac", "#f7f7f7", "#b2182b"])
+    return colours.LinearSegmentedColormap.from_list("signed", [_GONE, "#f7f7f7", _ADDED])
 
 
 def _show(axes: Axes, plane: np.ndarray, **scale: Any) -> None:
     aspect: Literal["equal", "auto"] = "equal" if 0.35 <= plane.shape[0] / plane.shape[1] <= 1.6 else "auto"
+    aspect = "auto" if "extent" in scale else aspect
     axes.imshow(np.clip(plane, 0, 1) if plane.ndim == 3 else plane, interpolation="nearest", aspect=aspect, **scale)
     axes.set_xticks([])
     axes.set_yticks([])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sg_lightning.reporting import plots, style, summary
+from sg_lightning.reporting.animation import animation
 from sg_lightning.reporting.findings import find
 from sg_lightning.reporting.page import Picture, render
 from sg_lightning.reporting.pictures import examples_figure
@@ -72,6 +73,11 @@ def write_report(
         caption = _EXAMPLES if name == kept[-1] else ""
         figure = examples_figure(results[name], name)
         pictures.append(_picture(f"examples_{i + 1}_{_slug(name)}", "examples", figure, alt, caption))
+        moving = animation(results[name])
+        if moving is not None:
+            stem = f"animation_{i + 1}_{_slug(name)}"
+            alt = f"An event sample of {name} over time: clean, adversarial, and the events that changed"
+            pictures.append(Picture(stem, "examples", alt, f"{name}. {_ANIMATION}", moving))
     if gradient_metrics and any(measured(metrics, "l1").size for metrics in gradient_metrics.values()):
         pictures.append(_picture("gradients", "gradients", gradient_sparsity_figure(gradient_metrics), *_GRADIENTS))
     if histories:
@@ -79,7 +85,7 @@ def write_report(
 
     page = render(title, results, reference, found, pictures, settings or {})
     for picture in pictures:
-        style.write_atomically(out / f"{picture.stem}.png", picture.png)
+        style.write_atomically(out / f"{picture.stem}.{picture.kind}", picture.content)
     path = out / "report.html"
     style.write_atomically(path, page.encode())  # last: a page that exists has all its figures beside it
     return path
@@ -128,9 +134,11 @@ _CURVES = (
 )
 _EXAMPLES = (
     "What an attack needs to change. Labels give the true class, then what the network says; the size is in the unit "
-    "of the norm. Differences are amplified as stated: red is added and blue taken away; those of colour images lie around "
-    "mid-grey."
+    "of the norm. Differences of images are amplified as stated: red is added and blue taken away; those of colour images "
+    "lie around mid-grey. Spikes and events that were added are marked red, those taken away blue, and counted; rasters "
+    "have time to the right and channels upwards, averaged over small blocks."
 )
+_ANIMATION = "Step by step: clean events, adversarial events, and what changed. Dark: on, pale: off, red: added, blue: taken away."
 _GRADIENTS = (
     "Distributions over samples of the size and the sparsity of the input gradient, one row per method",
     (
