@@ -41,6 +41,9 @@ class SpikeFile:
         h5py = require("h5py", "audio", "reading the Heidelberg data sets")
         try:
             self.file = h5py.File(path, "r")
+            missing = [key for key in ("spikes/times", "spikes/units", "labels") if key not in self.file]
+            if missing:
+                raise KeyError(f"it lacks {', '.join(missing)}")
             self._times, self._units = self.file["spikes/times"], self.file["spikes/units"]
             self.labels: NDArray[Any] = self.file["labels"][()]
             self.speaker: NDArray[Any] | None = self.file["extra/speaker"][()] if "extra/speaker" in self.file else None
@@ -113,10 +116,11 @@ class _Heidelberg(RasterData):
         num_workers: int,
         val_fraction: float,
         seed: int,
+        augment: bool,
     ) -> None:
         super().__init__(
             batch_size, time_steps=time_steps, duration=duration, group=group, values=values, num_workers=num_workers,
-            val_fraction=val_fraction, seed=seed,
+            val_fraction=val_fraction, seed=seed, augment=augment,
         )  # fmt: skip
         self.data_dir = Path(data_dir)
         self.download = download
@@ -191,6 +195,7 @@ class SHD(_Heidelberg):
         val_speakers: Speakers who validate instead, e.g. ``(0, 1)``.
         num_workers: Loader processes; 0 is usually fastest.
         seed: Seed of the validation split and of the training order.
+        augment: Shift training rasters at random by up to 8 % of their bins and 3 % of their channels.
         download: Download what is missing; otherwise its absence is an error.
         cache: Keep the binned samples beside the files, under their settings.
 
@@ -226,12 +231,13 @@ class SHD(_Heidelberg):
         val_speakers: Sequence[int] | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        augment: bool = False,
         download: bool = True,
         cache: bool = True,
     ) -> None:
         super().__init__(
             data_dir, batch_size, download=download, cache=cache, time_steps=time_steps, duration=duration, group=group,
-            values=values, num_workers=num_workers, val_fraction=val_fraction, seed=seed,
+            values=values, num_workers=num_workers, val_fraction=val_fraction, seed=seed, augment=augment,
         )  # fmt: skip
         self.val_speakers = val_speakers
 
@@ -263,6 +269,7 @@ class SSC(_Heidelberg):
         values: Whether a cell says that there was a spike, ``"binary"``, or how many, ``"counts"``.
         num_workers: Loader processes; 0 is usually fastest.
         seed: Seed of the training order.
+        augment: Shift training rasters at random by up to 8 % of their bins and 3 % of their channels.
         download: Download what is missing; otherwise its absence is an error.
         cache: Keep the binned samples beside the files, under their settings.
 
@@ -297,12 +304,13 @@ class SSC(_Heidelberg):
         values: Values = "binary",
         num_workers: int = 0,
         seed: int = 0,
+        augment: bool = False,
         download: bool = True,
         cache: bool = True,
     ) -> None:
         super().__init__(
             data_dir, batch_size, download=download, cache=cache, time_steps=time_steps, duration=duration, group=group,
-            values=values, num_workers=num_workers, val_fraction=0.1, seed=seed,
+            values=values, num_workers=num_workers, val_fraction=0.1, seed=seed, augment=augment,
         )  # fmt: skip
 
     def sets(self) -> tuple[Samples, Samples, Samples]:

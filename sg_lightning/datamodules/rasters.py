@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sg_lightning.datamodules.base import SampleData
 from sg_lightning.datamodules.sparse import SparseSamples
 from sg_lightning.domains import Binary, Counts, Domain
+from sg_lightning.inputs import Input
+from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import Budget, Budgets
 
 Values = Literal["binary", "counts"]
@@ -41,6 +44,7 @@ class RasterData(SampleData):
         num_workers: Loader processes; 0 is usually fastest.
         val_fraction: Share of the training samples that validates, above 0 and below 1.
         seed: Seed of the validation split and of the training order.
+        augment: Shift each training raster at random by up to 8 % of its bins and 3 % of its channels; what leaves is lost.
 
     Attributes:
         num_classes: Number of classes.
@@ -72,6 +76,7 @@ class RasterData(SampleData):
         num_workers: int,
         val_fraction: float,
         seed: int,
+        augment: bool,
     ) -> None:
         super().__init__(batch_size, num_workers=num_workers, val_fraction=val_fraction, seed=seed)
         for name, value in (("time_steps", time_steps), ("group", group)):
@@ -88,6 +93,7 @@ class RasterData(SampleData):
         self.duration = float(duration)
         self.group = group
         self.values = values
+        self.augment = augment
         self.domain: Domain = Binary() if values == "binary" else Counts()
 
     @property
@@ -99,6 +105,13 @@ class RasterData(SampleData):
     def input_shape(self) -> tuple[int, int]:
         """Time bins and channels of a raster."""
         return self.time_steps, self.in_features
+
+    def augmented(self, x: Input, noise: SampleGenerator) -> Input:
+        """Shift training rasters, if so wanted."""
+        if not self.augment:
+            return x
+        assert isinstance(x, Tensor)
+        return shifted(x, round(0.08 * self.time_steps), round(0.03 * self.in_features), noise)
 
     def rasters(self, trains: Iterable[Train], labels: NDArray[Any], extra: Mapping[str, Tensor]) -> SparseSamples:
         """Bin spike trains that have been checked.
@@ -137,3 +150,14 @@ class RasterData(SampleData):
             )
         validates = torch.isin(speakers, torch.tensor(chosen))
         return (~validates).nonzero().flatten(), validates.nonzero().flatten()
+
+
+def shifted(x: Tensor, bins: int, channels: int, noise: SampleGenerator) -> Tensor:
+    """Shift each raster of a batch (B, T, N) by its own offsets of up to so many bins and channels, filling with zeros."""
+    size, steps, width = x.shape
+    far = torch.tensor([2 * bins + 1, 2 * channels + 1], device=x.device)
+    moved = (noise.fork("shift").uniform(x.new_empty(size, 2)) * far).long()
+    rows = moved[:, :1] + torch.arange(steps, device=x.device)
+    columns = moved[:, 1:] + torch.arange(width, device=x.device)
+    batch = torch.arange(size, device=x.device).view(-1, 1, 1)
+    return pad(x, [channels, channels, bins, bins])[batch, rows.unsqueeze(2), columns.unsqueeze(1)]

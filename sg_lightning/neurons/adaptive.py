@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sg_lightning.neurons.base import Dynamics, check_sequence, checked_parameter, compute_dtype
+from sg_lightning.neurons.base import Dynamics, check_sequence, compute_dtype
 from sg_lightning.neurons.lif import _LeakyFire
 from sg_lightning.neurons.reference import spike
 from sg_lightning.neurons.rules import GivenSlopes, SlopeRule
@@ -73,9 +74,9 @@ class ALIF(_LeakyFire):
             raise ValueError(f"features must be a whole number above 0 or None, got {features!r}")
         dynamics = Dynamics("subtract", reset_delay=True, detach_reset=detach_reset)
         super().__init__(beta, threshold, dynamics, surrogate, learn_beta, learn_threshold, None)
-        self.decay = checked_parameter("decay", decay, None, high=1.0).item()
-        self.strength = checked_parameter("strength", strength, None).item()
-        self.dampening = checked_parameter("threshold", dampening, None).item()
+        self.decay = _number("decay", decay, "in [0, 1]", lambda value: 0 <= value <= 1)
+        self.strength = _number("strength", strength, "finite and at least 0", lambda value: 0 <= value < math.inf)
+        self.dampening = _number("dampening", dampening, "finite and above 0", lambda value: 0 < value < math.inf)
         self.features = features
         self.recurrent = None if features is None else nn.Linear(features, features, bias=False)
 
@@ -129,6 +130,12 @@ class ALIF(_LeakyFire):
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{super().extra_repr()}, decay={self.decay:g}, strength={self.strength:g}, dampening={self.dampening:g}"
+
+
+def _number(name: str, value: float, rule: str, legal: Callable[[float], bool]) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not legal(value):
+        raise ValueError(f"{name} must be a number {rule}, got {value!r}")
+    return float(value)
 
 
 class _Damped(Surrogate):
