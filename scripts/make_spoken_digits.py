@@ -59,7 +59,7 @@ def main() -> None:
     """Write the file and say what is in it."""
     torch.set_num_threads(1)
     rng = np.random.default_rng(SEED)
-    cochlea = Cochlea(CHANNELS, duration=1.2, sample_rate=SAMPLE_RATE)
+    cochlea = Cochlea(CHANNELS, duration=1.5, sample_rate=SAMPLE_RATE)
     rows, gaps, counts, lengths = [], [], [], []
     for number, voice in enumerate((*TRAIN, *TEST)):
         for tongue, (language, words) in enumerate(WORDS.items()):
