@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined] # public, but not in __all__ of the type checker
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -26,11 +27,11 @@ from sg_lightning._version import __version__
 from sg_lightning.callbacks.loggers import folder_of
 from sg_lightning.evaluation import RobustnessResult
 from sg_lightning.modules import SpikingClassifier
-from sg_lightning.recipes import accepted
+from sg_lightning.recipes import accepted, look_up
 from sg_lightning.trainer import RobustTrainer
 
-# What the data know about the network. Not time_steps: --print_config leaves linked arguments out.
-LINKED = ("num_classes", "in_channels", "input_size", "mean", "std")
+# What the data may know about the network; where they do not, or the network has no such argument, it is left alone.
+LINKED = ("num_classes", "in_channels", "input_size", "mean", "std", "in_features", "time_steps", "values")
 TITLES = {
     "trainer": "how to train: Lightning's Trainer",
     "model": "what to train: the module, with its backbone, optimiser and attack",
@@ -81,6 +82,22 @@ more help:
 """
 
 
+class RobustParser(LightningArgumentParser):
+    """Keeps linked arguments in a printed config where the data do not know them; jsonargparse leaves out all of them."""
+
+    def dump(self, cfg: Any, *args: Any, **kwargs: Any) -> str:
+        """Return the config as YAML."""
+        text = super().dump(cfg, *args, **kwargs)
+        data, network = look_up(str(cfg.get("data.class_path"))), cfg.get("model.init_args.backbone.init_args")
+        if data is None or network is None:
+            return text
+        known = {*dir(data), *accepted(data)}
+        kept = {name: network[name] for name in LINKED if name in network and name not in known}
+        content = yaml.safe_load(text)
+        content["model"]["init_args"]["backbone"]["init_args"].update(kept)
+        return yaml.safe_dump(content, sort_keys=False)
+
+
 class SaveRunConfig(SaveConfigCallback):
     """Write the whole config, callbacks and attacks included, into the folder of every logger, and log it."""
 
@@ -128,6 +145,14 @@ class RobustCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Return the commands, each with the arguments that the command line does not set."""
         return {**LightningCLI.subcommands(), "evaluate": {"model", "datamodule"}}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Build a parser."""
+        parser = RobustParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ActionConfigFile, help="a YAML file; later ones go over earlier ones"
+        )
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add checkpointing, and give the network the sizes of the data."""

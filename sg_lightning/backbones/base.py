@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sg_lightning.domains import Box, Domain
 from sg_lightning.encoding import Direct, Encoding
-from sg_lightning.neurons import LIF, SpikingNeuron
+from sg_lightning.neurons import ALIF, LIF, SpikingNeuron
 from sg_lightning.recipes import Recorded
 
 
@@ -58,17 +58,23 @@ def widths(name: str, values: Sequence[int]) -> tuple[int, ...]:
     return tuple(positive(f"{name}[{i}]", value) for i, value in enumerate(values))
 
 
-def template(neuron: LIF | None) -> LIF:
+def template(neuron: LIF | ALIF | None) -> LIF | ALIF:
     """Return the neuron that every layer gets a copy of.
 
     Raises:
-        TypeError: if it is no LIF.
-        ValueError: if it has per-channel values, which cannot fit layers of different widths.
+        TypeError: if it is neither a LIF nor an ALIF.
+        ValueError: if it has per-channel values or feedback, which cannot fit layers of different widths.
     """
     if neuron is None:
         return LIF()
-    if not isinstance(neuron, LIF):
-        raise TypeError(f"neuron must be a LIF, a template that every layer copies, got {type(neuron).__name__}")
+    if not isinstance(neuron, LIF | ALIF):
+        raise TypeError(
+            f"neuron must be a LIF or ALIF, a template that every layer copies, got {type(neuron).__name__}"
+        )
+    if isinstance(neuron, ALIF) and neuron.features is not None:
+        raise ValueError(
+            "neuron has features, but layers of different widths copy it: leave it out (recurrent=True adds it)"
+        )
     if neuron.beta.dim() or neuron.threshold.dim():
         raise ValueError(
             "neuron has per-channel values, but layers of different widths copy it; give scalars, e.g. "
@@ -77,7 +83,7 @@ def template(neuron: LIF | None) -> LIF:
     return neuron
 
 
-def activations(neuron: LIF | None, spiking: bool) -> Callable[[], nn.Module]:
+def activations(neuron: LIF | ALIF | None, spiking: bool) -> Callable[[], nn.Module]:
     """Return a maker of fresh non-linearities: copies of the template neuron, or ReLU in the ANN twin."""
     source = template(neuron)
     return source.clone if spiking else nn.ReLU

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
 from sg_lightning.backbones.base import Backbone, OverTime, initialise, over_time, positive, template, widths
-from sg_lightning.domains import Binary
-from sg_lightning.neurons import LIF, LeakyIntegrator, RecurrentLIF
+from sg_lightning.domains import Binary, Counts
+from sg_lightning.neurons import ALIF, LIF, LeakyIntegrator, RecurrentLIF
+
+Values = Literal["binary", "counts"]
 
 
-def _recurrent(neuron: LIF, features: int) -> RecurrentLIF:
+def _recurrent(neuron: LIF | ALIF, features: int) -> RecurrentLIF | ALIF:
     """Build a recurrent layer with the settings of a template."""
-    return RecurrentLIF(
-        features,
-        neuron.beta,
-        neuron.threshold,
-        neuron.dynamics.reset,
-        reset_delay=neuron.dynamics.reset_delay,
-        detach_reset=neuron.dynamics.detach_reset,
-        fire_at_threshold=neuron.dynamics.fire_at_threshold,
-        surrogate=neuron.gradient_rule,
-        learn_beta=isinstance(neuron.beta, nn.Parameter),
-        learn_threshold=isinstance(neuron.threshold, nn.Parameter),
-    )
+    if isinstance(neuron, ALIF):
+        return ALIF(features=features, **neuron.settings)
+    return RecurrentLIF(features, **neuron.settings)
 
 
 def _wake(layers: nn.Sequential, beta: float, time_steps: int) -> None:
@@ -50,16 +44,17 @@ class SpikingMLP(Backbone):
         num_classes: Number of classes K, at least 1.
         time_steps: Number of steps T of a raster.
         recurrent: Whether the spikes of a hidden layer also feed back into it.
-        neuron: Template that every layer copies; ``None`` for ``LIF(beta=0.9)``.
+        values: Whether a cell of a raster says that there was a spike, ``"binary"``, or how many, ``"counts"``.
+        neuron: Template that every layer copies, a LIF or ALIF; ``None`` for ``LIF(beta=0.9)``.
         readout: What makes logits of the last layer's outputs over time; ``None`` averages them.
         spiking: ``False`` for the ANN twin: it sees the raster summed over time in one step, with ReLU for the neuron
             and the same linear layers (without feedback, which one step cannot use).
 
     Shape:
-        (B, T, N) in {0, 1} to logits (B, K).
+        (B, T, N), zeros and ones or counts, to logits (B, K).
 
     Raises:
-        ValueError: on widths below 1.
+        ValueError: on widths below 1, unknown ``values``, or a template with per-channel values.
 
     Source:
         The networks for the Spiking Heidelberg Digits of Cramer et al., arXiv 1910.07407.
@@ -73,17 +68,20 @@ class SpikingMLP(Backbone):
         *,
         time_steps: int = 100,
         recurrent: bool = False,
-        neuron: LIF | None = None,
+        values: Values = "binary",
+        neuron: LIF | ALIF | None = None,
         readout: LeakyIntegrator | None = None,
         spiking: bool = True,
     ) -> None:
+        if values not in get_args(Values):
+            raise ValueError(f"values must be 'binary' or 'counts', got {values!r}")
         shape = (positive("time_steps", time_steps), positive("in_features", in_features))
         super().__init__(
             num_classes=num_classes,
             input_shape=shape,
             time_steps=time_steps if spiking else 1,
             spiking=spiking,
-            domain=Binary(),
+            domain=Binary() if values == "binary" else Counts(),
         )
         source = template(LIF(beta=0.9) if neuron is None else neuron)
         layers: list[nn.Module] = []

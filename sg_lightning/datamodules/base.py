@@ -151,11 +151,15 @@ class SampleData(LightningDataModule):
         order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))
         return order[held_out:], order[:held_out]
 
+    def sets(self) -> tuple[Samples, Samples, Samples]:
+        """Return what trains, validates and tests; override it where the files say what validates."""
+        rest, test = self.read()
+        train, val = self.split(rest)
+        return rest.part(train), rest.part(val), test
+
     def _split(self) -> tuple[Samples, Samples, Samples]:
         if self._sets is None:
-            rest, test = self.read()
-            train, val = self.split(rest)
-            self._sets = rest.part(train), rest.part(val), test
+            self._sets = self.sets()
         return self._sets
 
     @property

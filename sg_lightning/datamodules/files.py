@@ -1,4 +1,4 @@
-"""Data files: download with a checksum, and read the original formats of MNIST and CIFAR."""
+"""Data files: download with a checksum, unpack, and read the original formats of MNIST and CIFAR."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import gzip
 import hashlib
 import io
 import pickle
+import shutil
 import struct
 import tarfile
+import zipfile
 import zlib
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +51,7 @@ def download(file: RemoteFile, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(file.url, str(part), progress=True)
-        digest = hashlib.md5(part.read_bytes(), usedforsecurity=False).hexdigest()
+        digest = _md5(part)
         if digest != file.md5:
             raise ValueError(
                 f"{file.url} gave a file with MD5 {digest} instead of {file.md5}: the download was damaged or the file "
@@ -63,6 +66,46 @@ def download(file: RemoteFile, folder: Path) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def unpack(archive: Path) -> Path:
+    """Unpack ``name.zip`` or ``name.gz`` beside it to ``name``, unless that is there; what is there is complete.
+
+    Raises:
+        OSError: if there is no room.
+        ValueError: naming the file, if it is truncated, damaged or lacks ``name``.
+    """
+    target = archive.with_suffix("")
+    if target.exists():
+        return target
+    part = target.with_name(target.name + ".part")
+    try:
+        with ExitStack() as stack:
+            source: Any
+            if archive.suffix == ".zip":
+                inside = stack.enter_context(zipfile.ZipFile(archive))
+                names = [name for name in inside.namelist() if name.rsplit("/", 1)[-1] == target.name]
+                if not names:
+                    raise _damaged(archive, f"it lacks {target.name}")
+                source = stack.enter_context(inside.open(names[0]))
+            else:
+                source = gzip.open(archive)  # noqa: SIM115 - the stack closes it
+                stack.callback(source.close)
+            shutil.copyfileobj(source, stack.enter_context(part.open("wb")), 1 << 20)
+        part.replace(target)
+    except (EOFError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error) as error:
+        raise _damaged(archive, f"its compression is broken: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return target
 
 
 def read_idx(path: Path, dimensions: int) -> Bytes:

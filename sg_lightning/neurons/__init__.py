@@ -1,6 +1,7 @@
 """Spiking neurons over (T, B, ...): stateless layers, surrogate gradients, the snnTorch bridge."""
 
 from sg_lightning.neurons import surrogates
+from sg_lightning.neurons.adaptive import ALIF
 from sg_lightning.neurons.base import SpikingNeuron
 from sg_lightning.neurons.integrator import LeakyIntegrator
 from sg_lightning.neurons.lif import LIF, RecurrentLIF
@@ -10,6 +11,7 @@ from sg_lightning.neurons.snntorch_fusion import fuse_snntorch
 from sg_lightning.neurons.surrogates import Surrogate
 
 __all__ = [
+    "ALIF",
     "LIF",
     "BackwardRule",
     "LeakyIntegrator",
