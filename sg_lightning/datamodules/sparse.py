@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,13 +24,20 @@ class SparseSamples(Dataset[Batch]):
         offsets: Where the cells of each sample begin, and the end, ascending, (N + 1,), int64.
         labels: (N,), int64.
         shape: Shape of a sample.
+        extra: More about each sample, such as its speaker, by name, each (N,).
 
     Raises:
         ValueError: if the lengths do not belong together.
     """
 
     def __init__(
-        self, cells: Tensor, counts: Tensor | None, offsets: Tensor, labels: Tensor, shape: tuple[int, ...]
+        self,
+        cells: Tensor,
+        counts: Tensor | None,
+        offsets: Tensor,
+        labels: Tensor,
+        shape: tuple[int, ...],
+        extra: Mapping[str, Tensor] | None = None,
     ) -> None:
         if len(offsets) != len(labels) + 1 or int(offsets[-1]) > len(cells) or bool((offsets.diff() < 0).any()):
             raise ValueError(
@@ -39,6 +46,10 @@ class SparseSamples(Dataset[Batch]):
             )
         if counts is not None and len(counts) != len(cells):
             raise ValueError(f"{len(cells)} cells need as many counts, got {len(counts)}")
+        self.extra = dict(extra or {})
+        for name, values in self.extra.items():
+            if len(values) != len(labels):
+                raise ValueError(f"extra {name!r} has {len(values)} values for {len(labels)} samples")
         self.cells = cells
         self.counts = counts
         self.offsets = offsets
@@ -67,7 +78,8 @@ class SparseSamples(Dataset[Batch]):
         taken, sizes = self._positions(index)
         offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
         counts = None if self.counts is None else self.counts[taken]
-        return SparseSamples(self.cells[taken], counts, offsets, self.labels[index], self.shape)
+        extra = {name: values[index] for name, values in self.extra.items()}
+        return SparseSamples(self.cells[taken], counts, offsets, self.labels[index], self.shape, extra)
 
     def _positions(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return where the cells of some samples lie, one sample after the other, and how many each has."""
