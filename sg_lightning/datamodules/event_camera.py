@@ -73,14 +73,14 @@ class EventCamera:
                 sent = time - last[scene, pixel] >= self.refractory_us
                 level[scene, pixel] = crossed
                 last[scene[sent], pixel[sent]] = time[sent]
-                found.append(torch.stack([scene, pixel, brighter.long(), time.long()])[:, sent])
+                found.append(torch.stack([scene, pixel, brighter.long(), time.round().long()])[:, sent])
                 again = (end - crossed >= on[pixel]) | (crossed - end >= off[pixel])
                 scene, pixel = scene[again], pixel[again]
             before = now
             duration = (number + 1) * step_us
         found.append(self._noise(height * width, duration, noise))
         scene, pixel, polarity, moment = torch.cat(found, dim=1)
-        order = (scene * (int(duration) + 1) + moment).argsort(stable=True)
+        order = (scene * (int(duration) + 2) + moment).argsort(stable=True)
         pixel = pixel[order]
         columns = [part.int().numpy() for part in (pixel % width, pixel // width, polarity[order], moment[order])]
         ends = torch.bincount(scene, minlength=len(noise)).cumsum(0).tolist()
@@ -96,5 +96,5 @@ class EventCamera:
             draw = noise.fork("noise", event).uniform(time, 0.0, 2.0)  # whole part: polarity, the rest: waiting time
             time = time - (1.0 - draw.frac()).log() * (1e6 / self.noise_hz)
             scene, pixel = (time < duration).nonzero(as_tuple=True)
-            found.append(torch.stack([scene, pixel, draw[scene, pixel].long(), time[scene, pixel].long()]))
+            found.append(torch.stack([scene, pixel, draw[scene, pixel].long(), time[scene, pixel].round().long()]))
         raise AssertionError("unreachable")  # pragma: no cover
