@@ -11,8 +11,9 @@ from sg_lightning.datamodules import Digits, SaccadeDigits
 from sg_lightning.datamodules.digits import embedded_digits
 from sg_lightning.datamodules.event_camera import EventCamera
 from sg_lightning.datamodules.saccade_digits import _enlarging, recorded
+from sg_lightning.evaluation import evaluate
 from sg_lightning.sampling import SampleGenerator
-from sg_lightning.threats import make_threat
+from sg_lightning.threats import Budget, make_threat
 
 
 def keys(count):
@@ -175,12 +176,61 @@ def test_events_depend_on_the_number_of_the_image_only(data):
     assert not np.array_equal(other.t, fewer[0].t)
 
 
-def test_a_linear_classifier_reads_the_digits(data):
-    linear = pytest.importorskip("sklearn.linear_model")
-    (x, y), (z, wanted) = everything(data.train_set), everything(data.test_set)
-    x, z = ((events.sum((1, 2)).flatten(1) / 10).numpy() for events in (x, z))
-    model = linear.LogisticRegression(C=1.0, max_iter=500).fit(x, y.numpy())
-    assert model.score(z, wanted.numpy()) > 0.9
+@pytest.fixture(scope="module")
+def linear(data):
+    """Logistic regression on the events of each pixel, as a module."""
+    models = pytest.importorskip("sklearn.linear_model")
+    x, y = everything(data.train_set)
+    fitted = models.LogisticRegression(C=1.0, max_iter=500).fit((x.sum((1, 2)).flatten(1) / 10).numpy(), y.numpy())
+    layer = torch.nn.Linear(256, 10)
+    layer.weight.data = torch.from_numpy(fitted.coef_).float() / 10
+    layer.bias.data = torch.from_numpy(fitted.intercept_).float()
+
+    class Pixels(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            weight = torch.linspace(0.9, 1.1, x.shape[1])  # so that the time of an event matters
+            return self.layer(torch.einsum("btcyx,t->byx", x, weight).flatten(1))
+
+    return Pixels().eval()
+
+
+def test_a_linear_classifier_reads_the_digits(data, linear):
+    x, y = everything(data.test_set)
+    with torch.no_grad():
+        assert (linear(x).argmax(1) == y).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("suite", ["quick", "standard"])
+def test_suites_mean_something_on_events(data, linear, suite, tmp_path):
+    budgets = {norm: Budget((budget.headline,), budget.headline) for norm, budget in data.budgets.items()}
+    result = evaluate(
+        linear,
+        data,
+        suite,
+        budgets=budgets,
+        max_samples=4,
+        check_samples_count=1,
+        progress=False,
+        keep="all",
+        out=tmp_path,
+    )
+    assert result.clean == 1
+    assert result.accuracy("flips", budgets["flips"].headline) == 0  # a linear model, 5 % of its events
+    x, _ = data.test_set.__getitems__(range(4))
+    assert x.max() > 4
+    for norm, budget in budgets.items():
+        threat = make_threat(norm, budget.headline, data.domain)
+        found = torch.load(tmp_path / "adversarial" / f"{norm}.pt", weights_only=True)
+        x_adv, success = found["x_adv"].float(), found["success"]
+        assert torch.equal(x_adv, x_adv.round())
+        assert bool(threat.contains(x_adv, x).all())
+        assert success.float().mean() == 1 - result.accuracy(norm, budget.headline)
+        # Nothing is cut at one: what a cell held is there, but for what the budget takes or moves.
+        assert (x_adv > 1).sum() > 0.9 * (x > 1).sum()
 
 
 def test_every_budget_is_a_threat(data):
