@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sg_lightning.datamodules.pixels import ByteImages, ImageData
 from sg_lightning.threats import Budget
@@ -73,13 +74,28 @@ class Digits(ImageData):
 
     def read(self) -> tuple[ByteImages, ByteImages]:
         """Read both parts from the package."""
-        with files("sg_lightning.datamodules").joinpath("data/digits.npz").open("rb") as file:
-            data = np.load(file)
-            images, labels, test = data["images"], data["labels"], data["test"].astype(np.int64)
-        rest = np.setdiff1d(np.arange(len(images)), test)
+        images, labels, rest, test = embedded_digits()
         train, held_out = (
             # Sixteenths are exact in float32.
-            ByteImages(torch.from_numpy(images[k]).unsqueeze(1), torch.from_numpy(labels[k]).to(torch.int64), levels=16)
+            ByteImages(images[k].unsqueeze(1), labels[k], levels=16)
             for k in (rest, test)
         )
         return train, held_out
+
+
+def embedded_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Read the digits of the package.
+
+    Returns:
+        Images (1797, 8, 8), uint8 in 0..16; labels (1797,), int64; the indices of the training and of the test images.
+    """
+    with files("sg_lightning.datamodules").joinpath("data/digits.npz").open("rb") as file:
+        data = np.load(file)
+        images, labels, test = data["images"], data["labels"], data["test"].astype(np.int64)
+    rest = np.setdiff1d(np.arange(len(images)), test)
+    return (
+        torch.from_numpy(images),
+        torch.from_numpy(labels).to(torch.int64),
+        torch.from_numpy(rest),
+        torch.from_numpy(test),
+    )
