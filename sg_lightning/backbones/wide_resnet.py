@@ -47,7 +47,7 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(ImageBackbone):
-    """Classify images with a spiking wide residual network; the default is WRN-16-4.
+    """Classify images or frames of events with a spiking wide residual network; the default is WRN-16-4.
 
     A 3 x 3 convolution to 16 channels, three groups of pre-activation blocks of 16, 32 and 64 times ``widen`` channels
     (the last two halve the image), then norm, neuron, average pooling and a linear layer. Logits are means over time.
@@ -58,18 +58,19 @@ class WideResNet(ImageBackbone):
         widen: Factor on the widths, at least 1.
         num_classes: Number of classes K, at least 1.
         in_channels: Number of image channels C, at least 1.
-        input_size: Height and width in pixels, a multiple of 4 ``pool``.
+        input_size: Height and width in pixels; a quarter of it, rounded up, is a multiple of ``pool``.
         time_steps: Number of steps T; ``None`` for that of ``encoding``, or 8 without one.
         encoding: How an image becomes a sequence; ``None`` for ``Direct(time_steps)``.
         neuron: Template that every layer copies; ``None`` for ``LIF()``.
-        pool: Side of the last average pooling on maps of ``input_size / 4``.
+        pool: Side of the last average pooling on maps of a quarter of ``input_size``.
         mean: Subtracted from the image inside the network; one value or one per channel. With a spiking encoding
             there is no normalisation.
         std: Divides the image inside the network, above 0; one value or one per channel.
         spiking: ``False`` for the ANN twin: ReLU for the neuron, one step, same parameters.
 
     Shape:
-        (B, C, input_size, input_size) in [0, 1] to logits (B, K).
+        (B, C, input_size, input_size) in [0, 1] to logits (B, K); with ``encoding=Frames()`` event counts
+        (B, T, C, input_size, input_size).
 
     Raises:
         ValueError: on a depth that is not 6 n + 4, or a size that does not fit the strides and the pooling.
@@ -108,11 +109,11 @@ class WideResNet(ImageBackbone):
             std=std,
             spiking=spiking,
         )
-        side = input_size // 4
-        if input_size % 4 or side % positive("pool", pool):
+        side = -(-input_size // 4)  # a stride of 2 rounds up
+        if side % positive("pool", pool):
             raise ValueError(
-                f"WideResNet halves the image twice and then pools by {pool}, so input_size must be a multiple of "
-                f"{4 * pool}, got {input_size}; pad the images, or for multiples of 4 give pool={max(side, 1)}"
+                f"WideResNet makes maps of {side} x {side} of images of {input_size} x {input_size}, which do not divide "
+                f"by pool={pool}; pad the images to a multiple of {4 * pool}, or give pool={side}"
             )
         activation = activations(neuron, spiking)
         self.stem = _conv(in_channels, 16)
@@ -130,6 +131,6 @@ class WideResNet(ImageBackbone):
         initialise(self)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return logits (B, K) for images (B, C, H, W)."""
+        """Return logits (B, K) for images (B, C, H, W) or frames (B, T, C, H, W)."""
         sequence = over_time(self.stem, self.encode(x))
         return self.head(self.tail(self.blocks(sequence)).mean(0))

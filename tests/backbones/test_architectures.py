@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sg_lightning.backbones import VGG, ConvNet, SpikingMLP, WideResNet
+from sg_lightning.encoding import Frames
 from sg_lightning.neurons import SpikingNeuron
 
 
@@ -55,6 +56,17 @@ def test_vgg11_at_48_pixels_and_with_small_head():
     assert VGG("vgg11", 10, 1, 8, head=(64,)).features[-2].in_features == 512  # 8 x 8 leaves one pixel
 
 
+@pytest.mark.parametrize(("size", "side"), [(48, 3), (128, 8), (34, 2)])
+def test_vgg_dvs(size, side):
+    net = VGG("vgg_dvs", num_classes=10, in_channels=2, input_size=size, encoding=Frames(2))
+    assert order(net) == "CBLCBLA CBLCBLA CBLCBLA CBLCBLA FD".replace(" ", "")
+    widths = [2, 64, 128, 256, 256, 512, 512, 512, 512]
+    expected = sum(conv(a, b, bias=True) + norm(b) for a, b in pairwise(widths)) + dense(512 * side**2, 10)
+    assert count(net) == expected
+    if size == 34:
+        assert net(torch.poisson(torch.rand(1, 2, 2, size, size))).shape == (1, 10)
+
+
 @pytest.mark.parametrize(
     ("name", "convolutions", "poolings"), [("vgg5", 3, 2), ("vgg11", 8, 3), ("vgg13", 10, 5), ("vgg16", 13, 5)]
 )
@@ -99,5 +111,13 @@ def test_small_networks():
     assert count(SpikingMLP(700, (256,), 20, recurrent=True)) == dense(700, 256) + 256 * 256 + dense(256, 20)
 
 
-def test_convnet_takes_28_pixels():
-    assert ConvNet(10, 1, 28)(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+@pytest.mark.parametrize(("size", "left"), [(8, 2), (16, 4), (28, 7), (34, 8)])
+def test_convnet_pools_odd_sides_down(size, left):
+    net = ConvNet(10, 2, size, channels=(4, 6), hidden=5)
+    assert net(torch.rand(2, 2, size, size)).shape == (2, 10)
+    assert next(m for m in net.modules() if isinstance(m, nn.Linear)).in_features == 6 * left**2
+
+
+def test_wrn_rounds_odd_sides_up():
+    net = WideResNet(10, 1, in_channels=2, input_size=34, pool=9, encoding=Frames(2))
+    assert net(torch.poisson(torch.rand(2, 2, 2, 34, 34))).shape == (2, 10)
