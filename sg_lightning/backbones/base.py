@@ -83,6 +83,11 @@ def activations(neuron: LIF | None, spiking: bool) -> Callable[[], nn.Module]:
     return source.clone if spiking else nn.ReLU
 
 
+def conv3x3(before: int, after: int, stride: int = 1) -> nn.Conv2d:
+    """Make a 3 x 3 convolution that keeps the size, or halves it; without bias, since a norm follows or came before."""
+    return nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+
+
 def initialise(network: nn.Module) -> None:
     """Initialise all weights so that every layer of a fresh network fires in training mode.
 

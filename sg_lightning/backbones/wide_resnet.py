@@ -7,13 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sg_lightning.backbones.base import ImageBackbone, OverTime, activations, initialise, over_time, positive
+from sg_lightning.backbones.base import ImageBackbone, OverTime, activations, conv3x3, initialise, over_time, positive
 from sg_lightning.encoding import Encoding
 from sg_lightning.neurons import LIF
-
-
-def _conv(before: int, after: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
 
 
 class PreActivationBlock(nn.Module):
@@ -35,7 +31,7 @@ class PreActivationBlock(nn.Module):
     def __init__(self, before: int, after: int, stride: int, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.enter = OverTime(nn.BatchNorm2d(before), activation())
-        self.body = OverTime(_conv(before, after, stride), nn.BatchNorm2d(after), activation(), _conv(after, after))
+        self.body = OverTime(conv3x3(before, after, stride), nn.BatchNorm2d(after), activation(), conv3x3(after, after))
         self.skip = None if before == after else nn.Conv2d(before, after, 1, stride=stride, bias=False)
         self.mix = nn.Parameter(torch.full((2,), 0.5))
 
@@ -116,7 +112,7 @@ class WideResNet(ImageBackbone):
                 f"by pool={pool}; pad the images to a multiple of {4 * pool}, or give pool={side}"
             )
         activation = activations(neuron, spiking)
-        self.stem = _conv(in_channels, 16)
+        self.stem = conv3x3(in_channels, 16)
         blocks: list[nn.Module] = []
         before = 16
         for group in range(3):

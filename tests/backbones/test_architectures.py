@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sg_lightning.backbones import VGG, ConvNet, SpikingMLP, WideResNet
+from sg_lightning.backbones import VGG, ConvNet, SEWResNet, SpikingMLP, WideResNet
 from sg_lightning.encoding import Frames
 from sg_lightning.neurons import SpikingNeuron
 
@@ -97,6 +97,42 @@ def test_wrn_16_4():
     mixes = [p for name, p in net.named_parameters() if name.endswith("mix")]
     assert len(mixes) == 6
     assert [b.body[0].stride[0] for b in net.blocks] == [1, 1, 2, 1, 2, 1]
+
+
+def sew_block(before: int, after: int) -> int:
+    shortcut = 0 if before == after else conv(before, after, bias=False, side=1) + norm(after)
+    return conv(before, after, bias=False) + conv(after, after, bias=False) + 2 * norm(after) + shortcut
+
+
+def test_sew_resnet18_has_the_weights_of_resnet18():
+    net = SEWResNet("sew_resnet18", num_classes=1000, input_size=224)
+    expected = conv(3, 64, bias=False, side=7) + norm(64) + dense(512, 1000)
+    expected += sum(sew_block(a, b) for a, b in pairwise([64, 64, 64, 128, 128, 256, 256, 512, 512]))
+    assert expected == 11_689_512  # the count of the ordinary ResNet-18, to which neurons add nothing
+    assert count(net) == expected
+    assert order(net).count("C") + order(net).count("D") == 18 + 3  # and the three shortcuts
+    assert [b.body[0].stride[0] for b in net.blocks] == [1, 1, 2, 1, 2, 1, 2, 1]
+    assert net.stem(torch.rand(1, 1, 3, 224, 224)).shape == (1, 1, 64, 56, 56)
+    assert net.time_steps == 4
+
+
+def test_sew_resnet19_has_the_widths_of_its_paper():
+    net = SEWResNet("sew_resnet19", num_classes=10, input_size=32)
+    expected = conv(3, 128, bias=False) + norm(128) + dense(512, 256) + dense(256, 10)
+    expected += sum(sew_block(a, b) for a, b in pairwise([128, 128, 128, 128, 256, 256, 256, 512, 512]))
+    assert count(net) == expected
+    assert order(net).count("C") + order(net).count("D") == 19 + 2
+    assert [b.body[0].stride[0] for b in net.blocks] == [1, 1, 1, 2, 1, 1, 2, 1]
+    sequence = net.stem(net.encode(torch.rand(1, 3, 32, 32)))
+    assert [sequence.shape[2:], net.blocks(sequence).shape[2:]] == [(128, 32, 32), (512, 8, 8)]
+
+
+def test_silent_block_passes_its_input_on():
+    net = SEWResNet("sew_resnet19", in_channels=1, input_size=8).eval()
+    block = net.blocks[1]
+    block.body[4].bias.data.fill_(-100.0)
+    x = torch.randint(0, 3, (4, 2, 128, 8, 8)).float()
+    assert torch.equal(block(x), x)
 
 
 def test_wrn_mixes_start_at_one_half():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sg_lightning import backbones
-from sg_lightning.backbones import VGG, Backbone, ConvNet, SpikingMLP, WideResNet
+from sg_lightning.backbones import VGG, Backbone, ConvNet, SEWResNet, SpikingMLP, WideResNet
 from sg_lightning.backbones.base import OverTime, over_time
 from sg_lightning.domains import Binary, Box, Counts
 from sg_lightning.encoding import Direct, Frames, Latency, Poisson
@@ -25,6 +25,8 @@ def make(kind: str, **options) -> Backbone:
         "vgg5": lambda: VGG("vgg5", 5, 2, 8, head=(24, 24), **options),
         "vgg11": lambda: VGG("vgg11", 5, 2, 8, head=(24, 24), **options),
         "wide_resnet": lambda: WideResNet(10, 1, 5, 2, 8, pool=2, **options),
+        "sew18": lambda: SEWResNet("sew_resnet18", 5, 2, 9, **options),
+        "sew19": lambda: SEWResNet("sew_resnet19", 5, 2, 6, **options),
         "vgg_dvs": lambda: VGG("vgg_dvs", 5, 2, 17, **{"encoding": Frames(3), **options}),
         "frames": lambda: ConvNet(5, 2, 9, channels=(6, 8), hidden=12, **{"encoding": Frames(4), **options}),
         "mlp": lambda: SpikingMLP(9, (14, 12), 5, **{"time_steps": 6, **options}),
@@ -33,7 +35,7 @@ def make(kind: str, **options) -> Backbone:
     return builders[kind]()
 
 
-IMAGES = ["convnet", "vgg5", "vgg11", "wide_resnet"]
+IMAGES = ["convnet", "vgg5", "vgg11", "wide_resnet", "sew18", "sew19"]
 FRAMES = ["vgg_dvs", "frames"]
 RASTERS = ["mlp", "recurrent"]
 KINDS = [*IMAGES, *FRAMES, *RASTERS]
@@ -83,7 +85,15 @@ def test_attributes_and_output(kind):
     assert isinstance(net, Backbone)
     assert net.num_classes == 5
     assert net.spiking
-    assert net.time_steps == {"convnet": 4, "mlp": 6, "recurrent": 6, "vgg_dvs": 3, "frames": 4}.get(kind, 8)
+    assert net.time_steps == {
+        "convnet": 4,
+        "sew18": 4,
+        "sew19": 4,
+        "mlp": 6,
+        "recurrent": 6,
+        "vgg_dvs": 3,
+        "frames": 4,
+    }.get(kind, 8)
     assert net.domain == (Binary() if kind in RASTERS else Counts() if kind in FRAMES else Box(0, 1))
     out = net(inputs(net, 3))
     assert out.shape == (3, 5)
@@ -107,9 +117,8 @@ def test_sample_depends_on_itself_only(kind, spiking):
 def test_every_layer_fires_in_the_tests(kind):
     net = settled(make(kind))
     found = rates(net, inputs(net, 16))
-    assert len(found) == {"convnet": 3, "vgg5": 5, "vgg11": 10, "vgg_dvs": 8, "frames": 3, "wide_resnet": 7}.get(
-        kind, 2
-    )
+    layers = {"convnet": 3, "vgg5": 5, "vgg11": 10, "vgg_dvs": 8, "frames": 3, "wide_resnet": 7, "sew18": 20, "sew19": 20}
+    assert len(found) == layers.get(kind, 2)
     assert all(0.02 < rate < 0.9 for rate in found), found
 
 
@@ -154,6 +163,9 @@ class Stepper:
         self.spikes[layer] = spikes
         return spikes
 
+    def sew_block(self, block, x):
+        return self.layers(block.body, x) + (x if block.skip is None else self.layers(block.skip, x))
+
     def block(self, block, x):
         active = self.layers(block.enter, x)
         skip = x if block.skip is None else block.skip(active)
@@ -172,6 +184,11 @@ def test_folding_time_equals_stepping_over_time(kind):
                 now = net.stem(now)
                 for block in net.blocks:
                     now = stepper.block(block, now)
+                now = stepper.layers(net.tail, now)
+            elif kind.startswith("sew"):
+                now = stepper.layers(net.stem, now)
+                for block in net.blocks:
+                    now = stepper.sew_block(block, now)
                 now = stepper.layers(net.tail, now)
             else:
                 now = stepper.layers(net.features, now)
@@ -199,7 +216,8 @@ def test_sharing_the_first_layer_over_time_changes_nothing_but_the_running_varia
         torch.testing.assert_close(p.grad, q.grad, msg=name, rtol=1e-7, atol=1e-9)
 
     shared, folded = (next(m for m in n.modules() if isinstance(m, nn.BatchNorm2d)) for n in (net, plain))
-    n = 8 * 8 * 8
+    first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
+    n = 8 * first(x).shape[2] ** 2
     torch.testing.assert_close(shared.running_mean, folded.running_mean)
     variance = [(m.running_var - 0.9) / 0.1 for m in (shared, folded)]  # running_var starts at 1, momentum 0.1
     torch.testing.assert_close(variance[0], variance[1] * (3 * n - 1) / (3 * (n - 1)))
@@ -290,6 +308,8 @@ def test_fresh_networks_fire_in_training_mode(kind):
             "vgg5": lambda: VGG("vgg5", in_channels=1, input_size=8, head=(256, 256)),
             "vgg11": lambda: VGG("vgg11", in_channels=1, input_size=16, head=(256, 256)),
             "wide_resnet": lambda: WideResNet(in_channels=1, input_size=16, pool=4),
+            "sew18": lambda: SEWResNet(in_channels=1, input_size=33),
+            "sew19": lambda: SEWResNet("sew_resnet19", in_channels=1, input_size=8),
         }[kind]()
         found = rates(net.train(), inputs(net, 16))
     assert all(0.02 <= rate <= 0.5 for rate in found), found
@@ -361,6 +381,11 @@ class TestBadInput:
             (lambda: WideResNet(input_size=8), "maps of 2 x 2 of images of 8 x 8.*multiple of 32, or give pool=2"),
             (lambda: WideResNet(input_size=34), "maps of 9 x 9 of images of 34 x 34.*give pool=9"),
             (lambda: WideResNet(pool=0), "pool must be an integer >= 1, got 0"),
+            (
+                lambda: SEWResNet("sew_resnet20"),
+                "unknown SEWResNet 'sew_resnet20'; choose one of sew_resnet18, sew_resnet19",
+            ),
+            (lambda: SEWResNet(input_size=0), "input_size must be an integer >= 1, got 0"),
             (lambda: SpikingMLP(0), "in_features must be an integer >= 1, got 0"),
             (lambda: SpikingMLP(hidden=()), "hidden must list at least one width"),
             (lambda: SpikingMLP(time_steps=0), "time_steps must be an integer >= 1, got 0"),
@@ -494,4 +519,4 @@ def test_own_backbone():
 
 
 def test_public_names():
-    assert set(backbones.__all__) == {"Backbone", "ConvNet", "VGG", "WideResNet", "SpikingMLP"}
+    assert set(backbones.__all__) == {"Backbone", "ConvNet", "SEWResNet", "SpikingMLP", "VGG", "WideResNet"}
