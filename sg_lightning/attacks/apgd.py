@@ -122,10 +122,10 @@ class _Schedule:
         def evaluate(iteration: int, *, gradient: bool = True) -> None:
             loss, found = get_loss(attack.loss, targeted=attack.targets > 0), None
             if gradient:
-                found = oracle.value_and_grad(at.point, at.goal, loss, at.memory)
+                found = oracle.value_and_grad(at.point, at.goal, loss, at.memory, at.index)
                 logits, at.loss, at.gradient = found.logits, found.loss.double(), finite(found.grad)
             else:
-                logits = oracle.logits(at.point)
+                logits = oracle.logits(at.point, at.index)
                 at.loss = loss(logits, at.goal).double()
             queries = oracle.passes if gradient else 1
             if count:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sg_lightning.attacks import Suite
 from sg_lightning.evaluation.result import RobustnessResult
-from sg_lightning.inputs import Input, apply, assign, detached, rebuild, tensors
+from sg_lightning.inputs import Input, apply, assign, detached, rebuild, select, tensors
 from sg_lightning.threats import Threat
 
 Keep = Literal["few", "all"]
@@ -47,10 +47,15 @@ class AdversarialStore:
         """Start a batch from its clean inputs."""
         self._held = {threat.norm: detached(x) for threat in self._kept}
 
-    def hold(self, threat: Threat, index: Tensor, x_adv: Input, usable: Tensor) -> None:
-        """Keep what an attack found for the samples ``index`` of the batch, where ``usable``."""
-        if threat in self._kept:
-            assign(self._held[threat.norm], index[usable], apply(lambda t: t[usable], x_adv))
+    def hold(self, threat: Threat, index: Tensor, x_adv: Input, usable: Tensor, broken: Tensor) -> None:
+        """Keep what an attack found for the samples ``index`` of the batch, where ``usable``.
+
+        Where it is ``broken`` by one modality alone, that is an example of a joint threat too.
+        """
+        for kept in self._kept:
+            mask = usable if kept == threat else broken if kept.includes(threat) else None
+            if mask is not None:
+                assign(self._held[kept.norm], index[mask], select(x_adv, mask))
 
     def commit(self, ids: Sequence[int]) -> None:
         """Write the batch.

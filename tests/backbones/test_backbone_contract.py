@@ -117,7 +117,16 @@ def test_sample_depends_on_itself_only(kind, spiking):
 def test_every_layer_fires_in_the_tests(kind):
     net = settled(make(kind))
     found = rates(net, inputs(net, 16))
-    layers = {"convnet": 3, "vgg5": 5, "vgg11": 10, "vgg_dvs": 8, "frames": 3, "wide_resnet": 7, "sew18": 20, "sew19": 20}
+    layers = {
+        "convnet": 3,
+        "vgg5": 5,
+        "vgg11": 10,
+        "vgg_dvs": 8,
+        "frames": 3,
+        "wide_resnet": 7,
+        "sew18": 20,
+        "sew19": 20,
+    }
     assert len(found) == layers.get(kind, 2)
     assert all(0.02 < rate < 0.9 for rate in found), found
 
