@@ -136,7 +136,7 @@ class _Schedule:
 
         def look(iteration: int) -> None:
             point = attack.threat.project(at.best, at.x)
-            progress.record(at.index, point, *value(oracle, point, at.y, attack.loss), iteration, 1)
+            progress.record(at.index, point, *value(oracle, point, at.y, attack.loss, at.index), iteration, 1)
 
         evaluate(done)
         at.best, at.best_loss, at.best_gradient, at.before = at.point, at.loss, at.gradient, at.loss

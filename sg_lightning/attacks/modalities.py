@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sg_lightning.attacks.base import Attack, AttackResult, Goal, Progress, check_batch
+from sg_lightning.attacks.losses import higher
 from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.search import value, whole_number
 from sg_lightning.inputs import Input, apply, detached, select, where
@@ -153,7 +154,7 @@ class InTurn(Attack):
                 progress.record(index, moved, loss, wrong, 0, 1)
                 progress.iterations[index[open_]] = done[index[open_]]
                 progress.invalid[index] |= found.invalid & ~progress.success[index]
-                better = loss > best[index]
+                better = higher(loss, best[index])
                 best = best.index_copy(0, index, torch.where(better, loss, best[index]))
                 kept = where(better, moved, here)
                 point = apply(lambda whole, part: whole.index_copy(0, index, part), point, kept)  # noqa: B023

@@ -70,19 +70,19 @@ class Rest:
     modality: str
     fixed: dict[str, Tensor]
 
-    def completed(self, x: Tensor, rows: Tensor | None) -> Input:
-        """Return the model's input for the points ``x`` of the samples ``rows`` of the batch; ``None``: all, in order.
-
-        Raises:
-            RuntimeError: if an attack asks about some samples and does not say which.
-        """
+    def check(self, x: Tensor, rows: Tensor | None) -> None:
+        """Raise ``RuntimeError`` if an attack asks about some samples and does not say which."""
         if len(x) != (batch_size(self.fixed) if rows is None else len(rows)):
             raise RuntimeError(
                 f"{len(x)} points of {self.modality!r} belong to a batch of {batch_size(self.fixed)} samples, but to which "
                 "is not said: attacks must give rows= with each question to their oracle"
             )
-        others = self.fixed if rows is None else select(self.fixed, rows)
-        return {**others, self.modality: x}  # type: ignore[dict-item]
+
+    def completed(self, x: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
+        """Return the model's input for the points ``x`` of the samples ``rows`` of the batch; ``None``: all, in order."""
+        self.check(x, rows)
+        others = self.fixed if rows is None else {key: part[rows] for key, part in self.fixed.items()}
+        return {**others, self.modality: x}
 
 
 @dataclass
@@ -233,7 +233,7 @@ class Oracle:
             rows: Which samples of the attacked batch these are, int64 (B,); ``None``: all, in order.
         """
         with self.attacking(), torch.no_grad():
-            parts = self.room.chunks(x, lambda part, index: self._forward(part, _some(rows, index, x)))
+            parts = self.room.chunks(x, lambda part, index: self._forward(part, self._some(rows, index, x)))
             return torch.cat(parts)
 
     def misclassified(self, x: Input, y: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ class Oracle:
         def evaluate(part: Input, index: Tensor) -> tuple[Gradient, Memory]:
             whole = len(index) == len(y)
             own = Memory(dict(memory.values)) if whole else memory.select(index)  # a pass may fail half-way
-            return self._gradient(part, y[index], loss, own, _some(rows, index, x)), own
+            return self._gradient(part, y[index], loss, own, self._some(rows, index, x)), own
 
         with self.attacking():
             found = self.room.chunks(x, evaluate)
@@ -358,6 +358,15 @@ class Oracle:
             )
         return ~finite, zero
 
+    def _some(self, rows: Tensor | None, index: Tensor, x: Input) -> Tensor | None:
+        """Return which samples of the attacked batch the places ``index`` of ``x`` are."""
+        if self.rest is not None:
+            assert isinstance(x, Tensor)
+            self.rest.check(x, rows)
+        if rows is not None:
+            return rows[index]
+        return None if len(index) == batch_size(x) else index
+
     def _forward(self, x: Input, rows: Tensor | None) -> Tensor:
         if self.rest is not None:
             assert isinstance(x, Tensor)
@@ -373,13 +382,6 @@ class Oracle:
             check_logits(z, batch_size(x))
             self.classes = z.shape[1]
         return z
-
-
-def _some(rows: Tensor | None, index: Tensor, x: Input) -> Tensor | None:
-    """Return which samples of the batch the places ``index`` of a question about ``rows`` are."""
-    if rows is not None:
-        return rows[index]
-    return None if len(index) == batch_size(x) else index
 
 
 def _check_graph(value: Tensor) -> None:

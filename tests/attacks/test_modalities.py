@@ -126,7 +126,7 @@ def test_gradients_are_of_the_attacked_modality_only():
 
 def test_questions_about_some_samples_must_say_which():
     x, y = problem(Linf(0.1))
-    view = Oracle(NET).seeing("eye", x)
+    view = Oracle(NET, batch_size=2).seeing("eye", x)
     rows = torch.tensor([4, 1, 1])
     torch.testing.assert_close(view.logits(x["eye"][rows], rows), NET(select(x, rows)))
     for ask in (view.logits, lambda part: view.value_and_grad(part, y[rows], margin), view.differentiable):
