@@ -149,6 +149,14 @@ class Backbone(Recorded, nn.Module, ABC):
     def logits(self, x: Tensor) -> Tensor:
         """Compute logits (B, K) of an input whose shape has been checked."""
 
+    def embedding(self, x: Tensor) -> Tensor:
+        """Compute what the last layer sees, (B, F): the mean over time of the last hidden layer's spikes.
+
+        Raises:
+            NotImplementedError: if the network has none; every one of this library has.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what its last layer sees; write embedding(x)")
+
     def check_input(self, x: Tensor) -> None:
         """Raise an error that says what is wrong if ``x`` is not a float batch of samples of ``input_shape``."""
         if not isinstance(x, Tensor):

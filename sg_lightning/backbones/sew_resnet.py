@@ -152,6 +152,10 @@ class SEWResNet(ImageBackbone):
         self.head = nn.Linear(plan.hidden or before, num_classes)
         initialise(self)
 
+    def embedding(self, x: Tensor) -> Tensor:
+        """Return what the last layer sees, (B, F)."""
+        return self.tail(self.blocks(self.stem(self.encode(x)))).mean(0)
+
     def logits(self, x: Tensor) -> Tensor:
         """Return logits (B, K) for images (B, C, H, W) or frames (B, T, C, H, W)."""
-        return self.head(self.tail(self.blocks(self.stem(self.encode(x)))).mean(0))
+        return self.head(self.embedding(x))

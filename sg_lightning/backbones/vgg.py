@@ -109,6 +109,10 @@ class VGG(ImageBackbone):
         self.head = nn.Linear(features, num_classes)
         initialise(self)
 
+    def embedding(self, x: Tensor) -> Tensor:
+        """Return what the last layer sees, (B, F)."""
+        return self.features(self.encode(x)).mean(0)
+
     def logits(self, x: Tensor) -> Tensor:
         """Return logits (B, K) for images (B, C, H, W) or frames (B, T, C, H, W)."""
-        return self.head(self.features(self.encode(x)).mean(0))
+        return self.head(self.embedding(x))

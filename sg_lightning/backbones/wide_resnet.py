@@ -126,7 +126,10 @@ class WideResNet(ImageBackbone):
         self.head = nn.Linear(before * (side // pool) ** 2, num_classes)
         initialise(self)
 
+    def embedding(self, x: Tensor) -> Tensor:
+        """Return what the last layer sees, (B, F)."""
+        return self.tail(self.blocks(over_time(self.stem, self.encode(x)))).mean(0)
+
     def logits(self, x: Tensor) -> Tensor:
         """Return logits (B, K) for images (B, C, H, W) or frames (B, T, C, H, W)."""
-        sequence = over_time(self.stem, self.encode(x))
-        return self.head(self.tail(self.blocks(sequence)).mean(0))
+        return self.head(self.embedding(x))

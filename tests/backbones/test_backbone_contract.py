@@ -528,4 +528,12 @@ def test_own_backbone():
 
 
 def test_public_names():
-    assert set(backbones.__all__) == {"Backbone", "ConvNet", "SEWResNet", "SpikingMLP", "VGG", "WideResNet"}
+    assert set(backbones.__all__) == {
+        "Backbone",
+        "ConvNet",
+        "FusionNet",
+        "SEWResNet",
+        "SpikingMLP",
+        "VGG",
+        "WideResNet",
+    }
