@@ -7,8 +7,9 @@ normalisation happens inside the model, so a budget is always in input units.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -98,3 +99,37 @@ class Binary(Domain):
 
     def __init__(self) -> None:
         super().__init__(0.0, 1.0, "binary")
+
+
+Domains: TypeAlias = Domain | dict[str, Domain]
+
+
+def check_values(x: Tensor | Mapping[str, Tensor], domain: Domains | None, name: str = "x") -> None:
+    """Check a tensor against its domain, or each modality of a dictionary against its own.
+
+    Args:
+        x: Inputs (B, ...).
+        domain: Legal values; ``None``, and a modality without one: any finite values.
+        name: What the values are called in an error.
+
+    Raises:
+        ValueError: on values that are not legal, or a dictionary that lacks a modality of the domain.
+    """
+    anything = Domain(-math.inf, math.inf)
+    if isinstance(x, Tensor):
+        if isinstance(domain, dict):
+            raise ValueError(f"{name} is a single tensor, but its domain is by modality: {domains_text(domain)}")  # noqa: TRY004
+        (anything if domain is None else domain).check(x, name)
+        return
+    if isinstance(domain, dict) and not domain.keys() >= x.keys():
+        raise ValueError(f"{name} has the modalities {', '.join(x)}, but its domain names {', '.join(domain)}")
+    for key, part in x.items():
+        legal = domain.get(key) if isinstance(domain, dict) else None
+        (anything if legal is None else legal).check(part, f"{key} of {name}")
+
+
+def domains_text(domain: Domains) -> str:
+    """Write a domain for people: ``image: Box [0, 1], audio: Binary {0, 1}``."""
+    if isinstance(domain, dict):
+        return ", ".join(f"{key}: {value}" for key, value in domain.items())
+    return str(domain)

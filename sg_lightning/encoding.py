@@ -1,4 +1,4 @@
-"""Turn an analogue input (B, ...) into a sequence (T, B, ...) for a spiking network.
+"""Turn an input (B, ...) into a sequence (T, B, ...) for a spiking network; frames of events are one already.
 
 Every encoding is differentiable, because attacks and gradient penalties need
 the gradient at the input: exactly (:class:`Direct`), or with a straight-through
@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from sg_lightning.domains import Box, Counts, Domain
 from sg_lightning.recipes import Recorded
 
 
@@ -26,6 +27,8 @@ class Encoding(Recorded, nn.Module, ABC):
         constant: The input itself appears at every step. A backbone then normalises it and computes everything up
             to the first neuron once for all T. Otherwise the output is spikes, which are not normalised.
         stochastic: Two calls with the same input differ, also in evaluation mode.
+        frames: The input brings its own time axis, (B, T, ...).
+        domain: Legal values of the input.
 
     Raises:
         ValueError: if ``time_steps`` is below 1.
@@ -33,12 +36,26 @@ class Encoding(Recorded, nn.Module, ABC):
 
     constant: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
+    frames: ClassVar[bool] = False
+    domain: ClassVar[Domain] = Box()
 
     def __init__(self, time_steps: int) -> None:
         super().__init__()
         if isinstance(time_steps, bool) or not isinstance(time_steps, int) or time_steps < 1:
             raise ValueError(f"time_steps must be an integer >= 1, got {time_steps!r}")
         self.time_steps = time_steps
+
+    def fitted(self, time_steps: int | None, default: int) -> Encoding:
+        """Return this encoding for a network that was asked for ``time_steps``, or for none in particular.
+
+        Raises:
+            ValueError: if the two disagree.
+        """
+        if time_steps is not None and time_steps != self.time_steps:
+            raise ValueError(
+                f"time_steps={time_steps} but the encoding has time_steps={self.time_steps}; give one of the two"
+            )
+        return self
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -134,3 +151,39 @@ class Latency(Encoding):
         slope = ((time == ahead).to(x.dtype) - (time == behind).to(x.dtype)) * (last / (behind - ahead))
         # The second term is exactly zero and only carries the gradient.
         return (time == step).to(x.dtype) + slope * (bright - bright.detach())
+
+
+class Frames(Encoding):
+    """Show frames of events one after the other: step t sees frame t.
+
+    With it an image network takes (B, T, C, H, W), counts of events in C polarities, in place of (B, C, H, W).
+
+    Args:
+        time_steps: Number of frames T, at least 1; ``None`` for what the network is asked for, as when it comes from
+            the data.
+
+    Shape:
+        (B, T, ...) to (T, B, ...), a view.
+
+    Raises:
+        ValueError: in the forward pass, if the input has another number of frames.
+    """
+
+    frames = True
+    domain = Counts()
+
+    def __init__(self, time_steps: int | None = None) -> None:
+        super().__init__(1 if time_steps is None else time_steps)
+        self.open = time_steps is None
+
+    def fitted(self, time_steps: int | None, default: int) -> Encoding:
+        """Return frames of the network's number of steps, if none was given."""
+        if not self.open:
+            return super().fitted(time_steps, default)
+        return Frames(default if time_steps is None else time_steps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Move the time axis of frames x (B, T, ...) to the front."""
+        if x.dim() < 2 or (x.shape[1] != self.time_steps and not self.open):
+            raise ValueError(f"Frames needs inputs of shape (B, {self.time_steps}, ...), got {tuple(x.shape)}")
+        return x.transpose(0, 1)

@@ -121,7 +121,7 @@ def test_schedules_end_with_the_training(name):
     assert schedule["init_args"]["T_max"] == config["trainer"]["max_epochs"]
 
 
-@pytest.mark.parametrize("model", ["vgg11", "wrn16_4"])
+@pytest.mark.parametrize("model", ["vgg11", "wrn16_4", "vgg_dvs", "sew_resnet18", "sew_resnet19"])
 @pytest.mark.parametrize("trainer", ["gpu", "ddp"])
 def test_schedules_of_the_big_networks_fit_the_big_trainers(model, trainer):
     schedule = content("model", model)["model"]["init_args"]["lr_scheduler"]

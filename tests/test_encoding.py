@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from sg_lightning.encoding import Direct, Encoding, Latency, Poisson
+from sg_lightning.encoding import Direct, Encoding, Frames, Latency, Poisson
 
 
-@pytest.mark.parametrize("kind", [Direct, Poisson, Latency])
+@pytest.mark.parametrize("kind", [Direct, Poisson, Latency, Frames])
 @pytest.mark.parametrize("bad", [0, -1, 2.0, True, "4"])
 def test_time_steps_are_checked(kind, bad):
     with pytest.raises(ValueError, match="time_steps must be an integer >= 1"):
@@ -110,3 +110,13 @@ def test_nan_stays_visible(kind):
     out = kind(3)(torch.tensor([[float("nan"), 0.5]]))
     assert out[:, 0, 0].isnan().all()
     assert out[:, 0, 1].isfinite().all()
+
+
+def test_frames_are_a_view_of_the_input():
+    x = torch.rand(2, 5, 3, 4, 4)
+    out = Frames(5)(x)
+    assert out.data_ptr() == x.data_ptr()
+    assert all(torch.equal(out[t], x[:, t]) for t in range(5))
+    assert torch.equal(Frames()(x), out)
+    with pytest.raises(ValueError, match=r"Frames needs inputs of shape \(B, 4, ...\), got \(2, 5, 3, 4, 4\)"):
+        Frames(4)(x)

@@ -8,6 +8,7 @@ from sg_lightning.attacks.flips import GreedyFlips, SwapFlips, UniversalFlips
 from sg_lightning.attacks.gradient import FGSM, PGD, RFGSM, MultiTargeted, RandomNoise
 from sg_lightning.attacks.losses import LOSSES
 from sg_lightning.attacks.minimal import DDN, FMN, SigmaZero
+from sg_lightning.attacks.modalities import InTurn, OnModality
 from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.registry import ATTACKS, ESTIMATORS, make_attack, make_estimator
 from sg_lightning.attacks.retiming import SpikeRetimingAttack
@@ -51,8 +52,10 @@ __all__ = [
     "FlipSearch",
     "Foolbox",
     "GreedyFlips",
+    "InTurn",
     "Mix",
     "MultiTargeted",
+    "OnModality",
     "Oracle",
     "PyAutoAttack",
     "RandomNoise",

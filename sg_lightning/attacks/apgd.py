@@ -122,10 +122,10 @@ class _Schedule:
         def evaluate(iteration: int, *, gradient: bool = True) -> None:
             loss, found = get_loss(attack.loss, targeted=attack.targets > 0), None
             if gradient:
-                found = oracle.value_and_grad(at.point, at.goal, loss, at.memory)
+                found = oracle.value_and_grad(at.point, at.goal, loss, at.memory, at.index)
                 logits, at.loss, at.gradient = found.logits, found.loss.double(), finite(found.grad)
             else:
-                logits = oracle.logits(at.point)
+                logits = oracle.logits(at.point, at.index)
                 at.loss = loss(logits, at.goal).double()
             queries = oracle.passes if gradient else 1
             if count:
@@ -136,7 +136,7 @@ class _Schedule:
 
         def look(iteration: int) -> None:
             point = attack.threat.project(at.best, at.x)
-            progress.record(at.index, point, *value(oracle, point, at.y, attack.loss), iteration, 1)
+            progress.record(at.index, point, *value(oracle, point, at.y, attack.loss, at.index), iteration, 1)
 
         evaluate(done)
         at.best, at.best_loss, at.best_gradient, at.before = at.point, at.loss, at.gradient, at.loss

@@ -66,7 +66,8 @@ def try_events(oracle: Oracle, at: Samples, events: Tensor, loss: str) -> tuple[
     losses, wrongs = [], []
     for part in events.split(max(1, POINTS_PER_CALL // len(events)), dim=1):
         points = with_events(at.point, part)
-        found, wrong = value(oracle, points.flatten(0, 1), at.y.repeat_interleave(part.shape[1]), loss)
+        y, rows = (t.repeat_interleave(part.shape[1]) for t in (at.y, at.index))
+        found, wrong = value(oracle, points.flatten(0, 1), y, loss, rows)
         losses.append(found.view(part.shape[:2]))
         wrongs.append(wrong.view(part.shape[:2]))
     return torch.cat(losses, dim=1), torch.cat(wrongs, dim=1)
@@ -137,7 +138,7 @@ class GreedyFlips(Attack):
         limit = threat.limits(x).long()
         at = Samples(index=torch.arange(len(y), device=y.device), x=x, y=y, point=x, left=limit, memory=Memory())
         for done in count():
-            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory)
+            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory, at.index)
             check_labels(at.y, found.logits.shape[1])
             progress.record(at.index, at.point, found.loss, found.logits.argmax(1) != at.y, done, oracle.eot, found)
             at.loss, at.gradient = found.loss, finite(found.grad)
@@ -215,7 +216,7 @@ class SwapFlips(PGD):
         at = Samples(index=index, x=x[index], y=y[index], point=point, memory=Memory())
         done = self.restarts * self.steps
         for swap in range(self.swaps):
-            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory)
+            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory, at.index)
             progress.record(
                 at.index, at.point, found.loss, found.logits.argmax(1) != at.y, done + swap, oracle.eot, found
             )
@@ -236,7 +237,7 @@ class SwapFlips(PGD):
             at.keep(better)
             if len(at.index) == 0:
                 return
-        loss, wrong = value(oracle, at.point, at.y, self.loss)
+        loss, wrong = value(oracle, at.point, at.y, self.loss, at.index)
         progress.record(at.index, at.point, loss, wrong, done + self.swaps, 1)
 
     def _pairs(self, threat: EventFlips, at: Samples) -> tuple[Tensor, Tensor]:

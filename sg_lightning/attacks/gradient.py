@@ -163,7 +163,7 @@ class PGD(Attack):
         at.memory, at.trend = Memory(), apply(torch.zeros_like, at.x)
         decay = (0.75 if self.threat.discrete else 0.0) if self.momentum is None else self.momentum
         for step in range(self.steps):
-            found = oracle.value_and_grad(at.point, at.goal, loss, at.memory)
+            found = oracle.value_and_grad(at.point, at.goal, loss, at.memory, at.index)
             check_labels(at.y, found.logits.shape[1])
             judged, wrong = get_loss(self.loss)(found.logits, at.y), found.logits.argmax(1) != at.y
             progress.record(at.index, at.point, judged, wrong, done + step, oracle.passes, found)
@@ -177,7 +177,7 @@ class PGD(Attack):
                 at.gradient = at.trend
             size = self.threat.default_step(self.steps, step) if self.step_size is None else parse_eps(self.step_size)
             at.point = self.threat.project(self.threat.steepest_step(at.point, at.gradient, at.x, size), at.x)
-        judged, wrong = value(oracle, at.point, at.y, self.loss)
+        judged, wrong = value(oracle, at.point, at.y, self.loss, at.index)
         progress.record(at.index, at.point, judged, wrong, done + self.steps, 1)
 
 

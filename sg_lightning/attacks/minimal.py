@@ -113,7 +113,7 @@ class MinimalNorm(Attack):
         at = Samples(index=everyone, x=x, y=y, point=x, noise=noise, memory=Memory())
         self._begin(at)
         for step in range(self.steps):
-            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory)
+            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory, at.index)
             check_labels(at.y, found.logits.shape[1])
             at.wrong, at.loss = found.logits.argmax(1) != at.y, found.loss.double()
             progress.record(at.index, at.point, at.loss, at.wrong, step, oracle.passes, found)
@@ -124,7 +124,7 @@ class MinimalNorm(Attack):
                 break
             self._advance(at, step)
         else:
-            loss, wrong = value(oracle, at.point, at.y, self.loss)
+            loss, wrong = value(oracle, at.point, at.y, self.loss, at.index)
             progress.record(at.index, at.point, loss, wrong, self.steps, 1)
         progress.success = torch.isfinite(progress.size) & ~progress.invalid
 

@@ -58,6 +58,33 @@ class Gradient:
     zero: Tensor
 
 
+@dataclass(frozen=True)
+class Rest:
+    """What an attack on one modality leaves alone: the other modalities of its batch.
+
+    Attributes:
+        modality: The attacked one.
+        fixed: The whole batch, by modality.
+    """
+
+    modality: str
+    fixed: dict[str, Tensor]
+
+    def check(self, x: Tensor, rows: Tensor | None) -> None:
+        """Raise ``RuntimeError`` if an attack asks about some samples and does not say which."""
+        if len(x) != (batch_size(self.fixed) if rows is None else len(rows)):
+            raise RuntimeError(
+                f"{len(x)} points of {self.modality!r} belong to a batch of {batch_size(self.fixed)} samples, but to which "
+                "is not said: attacks must give rows= with each question to their oracle"
+            )
+
+    def completed(self, x: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
+        """Return the model's input for the points ``x`` of the samples ``rows`` of the batch; ``None``: all, in order."""
+        self.check(x, rows)
+        others = self.fixed if rows is None else {key: part[rows] for key, part in self.fixed.items()}
+        return {**others, self.modality: x}
+
+
 @dataclass
 class Oracle:
     """Answers an attack's questions about a model and leaves the model exactly as it was.
@@ -75,6 +102,8 @@ class Oracle:
         batch_size: Largest number of samples per model call; ``None``: all at once. Where memory runs out, half as many.
         on_nonfinite: ``"mark"`` the sample as invalid, or ``"raise"``.
         mode: ``"eval"``, or ``"train"`` to keep the flags as they are (batch statistics); buffers are restored anyway.
+        rest: Set by :meth:`seeing` only: the modalities that complete the points asked about. Whoever then asks about some
+            samples of the batch says which (``rows``).
 
     Raises:
         ValueError: on settings out of range.
@@ -91,6 +120,7 @@ class Oracle:
     batch_size: int | None = None
     on_nonfinite: OnNonfinite = "mark"
     mode: Mode = "eval"
+    rest: Rest | None = None
     counts: Counts = field(default_factory=Counts)
     health: Health = field(default_factory=Health)
     room: Room = field(default_factory=Room)
@@ -131,6 +161,12 @@ class Oracle:
         if estimator is None:
             return self
         other = replace(self, estimator=estimator)
+        other.classes = self.classes
+        return other
+
+    def seeing(self, modality: str, x: dict[str, Tensor]) -> Oracle:
+        """Return an oracle of the same model and counts whose inputs are one modality; the others are those of ``x``."""
+        other = replace(self, rest=Rest(modality, x))
         other.classes = self.classes
         return other
 
@@ -189,10 +225,16 @@ class Oracle:
                             if buffer is not None and not torch.equal(buffer, value):
                                 buffer.detach().copy_(value)
 
-    def logits(self, x: Input) -> Tensor:
-        """Return logits (B, K) of one forward pass per sample, without graph."""
+    def logits(self, x: Input, rows: Tensor | None = None) -> Tensor:
+        """Return logits (B, K) of one forward pass per sample, without graph.
+
+        Args:
+            x: Inputs (B, ...).
+            rows: Which samples of the attacked batch these are, int64 (B,); ``None``: all, in order.
+        """
         with self.attacking(), torch.no_grad():
-            return torch.cat(self.room.chunks(x, lambda part, _: self._forward(part)))
+            parts = self.room.chunks(x, lambda part, index: self._forward(part, self._some(rows, index, x)))
+            return torch.cat(parts)
 
     def misclassified(self, x: Input, y: Tensor) -> Tensor:
         """Tell per sample (B,) whether most of ``votes`` fresh forward passes are wrong."""
@@ -205,7 +247,9 @@ class Oracle:
         """Tell per sample (B,) whether it is classified as ``y``."""
         return ~self.misclassified(x, y)
 
-    def value_and_grad(self, x: Input, y: Tensor, loss: Loss, memory: Memory | None = None) -> Gradient:
+    def value_and_grad(
+        self, x: Input, y: Tensor, loss: Loss, memory: Memory | None = None, rows: Tensor | None = None
+    ) -> Gradient:
         """Evaluate loss, logits and input gradient; averaged over ``eot`` forward passes.
 
         Args:
@@ -213,13 +257,14 @@ class Oracle:
             y: What the loss takes beside the logits, (B, ...).
             loss: Per-sample loss.
             memory: What the estimator knows of these samples from earlier calls; updated. ``None``: nothing.
+            rows: Which samples of the attacked batch these are, int64 (B,); ``None``: all, in order.
         """
         memory = Memory() if memory is None else memory
 
         def evaluate(part: Input, index: Tensor) -> tuple[Gradient, Memory]:
             whole = len(index) == len(y)
             own = Memory(dict(memory.values)) if whole else memory.select(index)  # a pass may fail half-way
-            return self._gradient(part, y[index], loss, own), own
+            return self._gradient(part, y[index], loss, own, self._some(rows, index, x)), own
 
         with self.attacking():
             found = self.room.chunks(x, evaluate)
@@ -236,7 +281,7 @@ class Oracle:
             torch.cat([p.zero for p in parts]),
         )
 
-    def _gradient(self, x: Input, y: Tensor, loss: Loss, memory: Memory) -> Gradient:
+    def _gradient(self, x: Input, y: Tensor, loss: Loss, memory: Memory, rows: Tensor | None) -> Gradient:
         x = apply(lambda t: t.detach().clone().requires_grad_(), x)
         losses, logits, grads = None, None, None
         estimators = (None,) if self.estimator is None else self.estimator.parts
@@ -246,7 +291,7 @@ class Oracle:
             # The statistics of an estimator are those of one pass, or the average would be over different rules.
             memory.frozen = draw > 0
             with nullcontext() if estimator is None else estimator.applied(self.model, memory):
-                z = self._forward(x)
+                z = self._forward(x, rows)
                 value = loss(z, y)
                 _check_graph(value)
                 g = torch.autograd.grad(value.sum() * share, tensors(x), allow_unused=True)
@@ -262,7 +307,7 @@ class Oracle:
         invalid, zero = self._judged(grads)
         return Gradient(losses, logits, rebuild(x, grads), invalid, zero)
 
-    def differentiable(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Gradient]]:
+    def differentiable(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Callable[[Tensor], Gradient]]:
         """Return logits without graph, and how a gradient with respect to them turns into one of ``x``.
 
         For loops that are not ours and call the model themselves. With several draws or estimators the logits are the
@@ -270,6 +315,7 @@ class Oracle:
 
         Args:
             x: Inputs (B, ...), one tensor.
+            rows: Which samples of the attacked batch these are, int64 (B,); ``None``: all, in order.
 
         Returns:
             Logits (B, K), and a function from (B, K) to a :class:`Gradient`; it may be called several times.
@@ -281,7 +327,7 @@ class Oracle:
             for estimator in estimators * self.eot:
                 memory = Memory()
                 with nullcontext() if estimator is None else estimator.applied(self.model, memory):
-                    passes.append((estimator, memory, self._forward(x)))
+                    passes.append((estimator, memory, self._forward(x, rows)))
                 _check_graph(passes[-1][2])
             logits = torch.stack([z.detach() for _, _, z in passes]).mean(0)
 
@@ -312,7 +358,19 @@ class Oracle:
             )
         return ~finite, zero
 
-    def _forward(self, x: Input) -> Tensor:
+    def _some(self, rows: Tensor | None, index: Tensor, x: Input) -> Tensor | None:
+        """Return which samples of the attacked batch the places ``index`` of ``x`` are."""
+        if self.rest is not None:
+            assert isinstance(x, Tensor)
+            self.rest.check(x, rows)
+        if rows is not None:
+            return rows[index]
+        return None if len(index) == batch_size(x) else index
+
+    def _forward(self, x: Input, rows: Tensor | None) -> Tensor:
+        if self.rest is not None:
+            assert isinstance(x, Tensor)
+            x = self.rest.completed(x, rows)
         given = rounded_up(x) if self._compiled and self.estimator is None else x
         with nullcontext() if self.autocast is None else torch.autocast(device_of(x).type, dtype=self.autocast):
             z = self.model(given)

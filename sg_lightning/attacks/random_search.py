@@ -73,7 +73,7 @@ class RandomSearch(Attack):
         for query in range(self.queries):
             fork = at.noise.fork("query", query)
             found = self._propose(at, query, fork) if query else self._start(at, fork)
-            loss, wrong = value(oracle, found["point"], at.y, self.loss)
+            loss, wrong = value(oracle, found["point"], at.y, self.loss, at.index)
             progress.record(at.index, found["point"], loss, wrong, query + 1, 1)
             better = (
                 torch.ones_like(wrong)

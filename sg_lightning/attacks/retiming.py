@@ -103,7 +103,7 @@ class SpikeRetimingAttack(Attack):
             else:
                 times = threat.schedule(at.timing.packets, shares, at.limit)
             at.point = raster(at.timing.packets.at(times), at.x)
-            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory)
+            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory, at.index)
             check_labels(at.y, found.logits.shape[1])
             progress.record(at.index, at.point, found.loss, found.logits.argmax(1) != at.y, step, oracle.eot, found)
             at.gradient = finite(found.grad)
@@ -111,7 +111,7 @@ class SpikeRetimingAttack(Attack):
             at.timing.logits = (at.timing.logits + self.step_size * slope.sign()).clamp(-self.bound, self.bound)
         times = threat.schedule(at.timing.packets, at.timing.shares(self.temperature), at.limit)
         point = raster(at.timing.packets.at(times), at.x)
-        loss, wrong = value(oracle, point, at.y, self.loss)
+        loss, wrong = value(oracle, point, at.y, self.loss, at.index)
         progress.record(at.index, point, loss, wrong, cast("int", self.steps), 1)
 
     def _slope(self, threat: SpikeRetiming, at: Samples) -> Tensor:

@@ -73,7 +73,7 @@ class SAPGD(Attack):
         window, shortest, closer = (max(int(share * self.steps), 1) for share in (0.22, 0.06, 0.03))
         wait = window
         for step in range(self.steps):
-            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory)
+            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory, at.index)
             check_labels(at.y, found.logits.shape[1])
             wrong = found.logits.argmax(1) != at.y
             progress.record(at.index, at.point, found.loss, wrong, done + step, oracle.passes, found)
@@ -92,5 +92,5 @@ class SAPGD(Attack):
                 size /= 2
                 window = max(window - closer, shortest)
                 wait = window
-        loss, wrong = value(oracle, at.point, at.y, self.loss)
+        loss, wrong = value(oracle, at.point, at.y, self.loss, at.index)
         progress.record(at.index, at.point, loss, wrong, done + self.steps, 1)

@@ -70,7 +70,7 @@ class SDA(Attack):
             flipped=torch.zeros_like(able), difference=torch.full(able.shape, torch.inf, dtype=torch.float64, device=x.device),
         )  # fmt: skip
         for done in range(self.rounds):
-            found = oracle.value_and_grad(at.point, at.y, margin, at.memory)
+            found = oracle.value_and_grad(at.point, at.y, margin, at.memory, at.index)
             check_labels(at.y, found.logits.shape[1])
             at.loss, at.wrong, at.gradient = found.loss.double(), found.logits.argmax(1) != at.y, finite(found.grad)
             self._report(at, progress, done, oracle.eot, found)
@@ -81,7 +81,7 @@ class SDA(Attack):
             if len(at.index) == 0:
                 return
             self._generate(oracle, at, progress, (done + 1) * self.first, at.noise.fork("round", done))
-        loss, at.wrong = value(oracle, at.point, at.y, "margin")
+        loss, at.wrong = value(oracle, at.point, at.y, "margin", at.index)
         at.loss = loss.double()
         self._report(at, progress, self.rounds, 1)
         self._reduce(oracle, at, progress, self.rounds)
@@ -136,8 +136,9 @@ class SDA(Attack):
             flipped = full[left.slot] & (place[left.slot] > middle.unsqueeze(1))
             clean = x[left.slot]
             point = torch.where(flipped.view_as(clean), 1 - clean, clean)
-            value_, wrong = value(oracle, point, left.y, "margin")
-            progress.queries[at.index[found][left.slot]] += 1
+            rows = at.index[found][left.slot]
+            value_, wrong = value(oracle, point, left.y, "margin", rows)
+            progress.queries[rows] += 1
             best[left.slot[wrong]], loss[left.slot[wrong]] = point[wrong], value_[wrong].double()
             left.low, left.high = torch.where(wrong, middle + 1, left.low), torch.where(wrong, left.high, middle - 1)
             left.keep(left.low <= left.high)

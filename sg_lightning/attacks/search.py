@@ -83,9 +83,9 @@ def runs(
         )  # fmt: skip
 
 
-def value(oracle: Oracle, point: Input, y: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """Return loss and misclassification (B,) by one forward pass."""
-    logits = oracle.logits(point)
+def value(oracle: Oracle, point: Input, y: Tensor, loss: str, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return loss and misclassification (B,) by one forward pass on the samples ``rows`` of the batch (``None``: all)."""
+    logits = oracle.logits(point, rows)
     check_labels(y, logits.shape[1])
     return get_loss(loss)(logits, y), logits.argmax(1) != y
 

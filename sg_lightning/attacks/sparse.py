@@ -61,7 +61,7 @@ class _Sparse(Attack):
         at.memory = Memory()
         self._begin(at)
         for step in range(self.steps):
-            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory)
+            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory, at.index)
             check_labels(at.y, found.logits.shape[1])
             wrong = found.logits.argmax(1) != at.y
             progress.record(at.index, at.point, found.loss, wrong, done + step, oracle.passes, found)
@@ -71,7 +71,7 @@ class _Sparse(Attack):
                 if len(at.index) == 0:
                     return
             self._advance(at, step)
-        loss, wrong = value(oracle, at.point, at.y, self.loss)
+        loss, wrong = value(oracle, at.point, at.y, self.loss, at.index)
         progress.record(at.index, at.point, loss, wrong, done + self.steps, 1)
 
     @abstractmethod

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from sg_lightning.domains import Box, Domain
+from sg_lightning.domains import Domain
 from sg_lightning.encoding import Direct, Encoding
 from sg_lightning.neurons import ALIF, LIF, SpikingNeuron
 from sg_lightning.recipes import Recorded
@@ -89,6 +89,11 @@ def activations(neuron: LIF | ALIF | None, spiking: bool) -> Callable[[], nn.Mod
     return source.clone if spiking else nn.ReLU
 
 
+def conv3x3(before: int, after: int, stride: int = 1) -> nn.Conv2d:
+    """Make a 3 x 3 convolution that keeps the size, or halves it; without bias, since a norm follows or came before."""
+    return nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+
+
 def initialise(network: nn.Module) -> None:
     """Initialise all weights so that every layer of a fresh network fires in training mode.
 
@@ -150,6 +155,14 @@ class Backbone(Recorded, nn.Module, ABC):
     def logits(self, x: Tensor) -> Tensor:
         """Compute logits (B, K) of an input whose shape has been checked."""
 
+    def embedding(self, x: Tensor) -> Tensor:
+        """Compute what the last layer sees, (B, F): the mean over time of the last hidden layer's spikes.
+
+        Raises:
+            NotImplementedError: if the network has none; every one of this library has.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what its last layer sees; write embedding(x)")
+
     def check_input(self, x: Tensor) -> None:
         """Raise an error that says what is wrong if ``x`` is not a float batch of samples of ``input_shape``."""
         if not isinstance(x, Tensor):
@@ -174,21 +187,22 @@ def _per_channel(name: str, value: float | Sequence[float], channels: int) -> Te
 
 
 class ImageBackbone(Backbone):
-    """Base of networks for square images in [0, 1].
+    """Base of networks for square images in [0, 1], or with ``Frames`` for event frames of that size.
 
     Args:
         num_classes: Number of classes K.
-        in_channels: Number of image channels C.
-        input_size: Height and width of the images in pixels.
+        in_channels: Number of image channels or polarities C.
+        input_size: Height and width in pixels.
         default_steps: Number of steps if neither ``time_steps`` nor ``encoding`` says it.
         time_steps: Number of steps T, or ``None``.
         encoding: How an image becomes a sequence; ``None`` for ``Direct(time_steps)``.
         mean: Subtracted inside the network, in units of the input; one value or one per channel.
         std: Divided by inside the network, above 0; one value or one per channel.
-        spiking: ``False`` for the ANN twin, which sees the image once and without encoding.
+        spiking: ``False`` for the ANN twin. It sees an image once and without encoding, frames as their sum over time.
 
     Raises:
-        ValueError: on sizes below 1, ``std`` <= 0, or a ``time_steps`` that is not the encoding's.
+        ValueError: on sizes below 1, ``std`` <= 0, a ``time_steps`` that is not the encoding's, or a normalisation of
+            frames.
     """
 
     mean: Tensor
@@ -207,28 +221,49 @@ class ImageBackbone(Backbone):
         std: float | Sequence[float],
         spiking: bool,
     ) -> None:
-        if encoding is not None and time_steps is not None and encoding.time_steps != time_steps:
-            raise ValueError(
-                f"time_steps={time_steps} but the encoding has time_steps={encoding.time_steps}; give one of the two"
-            )
         if encoding is None:
             encoding = Direct(default_steps if time_steps is None else time_steps)
-        if not spiking:
+        encoding = encoding.fitted(time_steps, default_steps)
+        if not spiking and not encoding.frames:
             encoding = Direct(1)
-        shape = (positive("in_channels", in_channels), positive("input_size", input_size), input_size)
+        image = (positive("in_channels", in_channels), positive("input_size", input_size), input_size)
         super().__init__(
             num_classes=num_classes,
-            input_shape=shape,
-            time_steps=encoding.time_steps,
+            input_shape=(encoding.time_steps, *image) if encoding.frames else image,
+            time_steps=encoding.time_steps if spiking else 1,
             spiking=spiking,
-            domain=Box(),
+            domain=encoding.domain,
         )
         self.encoding = encoding
         self.register_buffer("mean", _per_channel("mean", mean, in_channels))
         self.register_buffer("std", _per_channel("std", std, in_channels))
         if bool((self.std <= 0).any()):
             raise ValueError(f"std must be above 0, got {std}")
+        if encoding.frames and (bool((self.mean != 0).any()) or bool((self.std != 1).any())):
+            raise ValueError(
+                f"frames of events are not normalised (an empty cell stays 0), but mean={mean} and std={std}; leave them "
+                "out: batch normalisation scales what follows"
+            )
 
     def encode(self, x: Tensor) -> Tensor:
-        """Normalise and encode images (B, C, H, W) as a sequence (T, B, C, H, W); spikes are not normalised."""
-        return self.encoding((x - self.mean) / self.std if self.encoding.constant else x)
+        """Turn an input (B, *input_shape) into a sequence (T, B, C, H, W).
+
+        Images are normalised first; spikes and frames are not. The ANN twin gets one step.
+        """
+        sequence = self.encoding((x - self.mean) / self.std if self.encoding.constant else x)
+        return sequence if self.spiking else sequence.sum(0, keepdim=True)
+
+
+def halvings(name: str, input_size: int, times: int) -> int:
+    """Return the side that ``times`` poolings by 2 leave; an odd side loses its last row and column.
+
+    Raises:
+        ValueError: if nothing is left.
+    """
+    side = input_size >> times
+    if side < 1:
+        raise ValueError(
+            f"{name} halves the image {times} times, so input_size must be at least {2**times}, got {input_size}; pad "
+            "the images, or choose a network with fewer poolings"
+        )
+    return side

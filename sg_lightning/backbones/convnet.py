@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sg_lightning.backbones.base import ImageBackbone, OverTime, activations, initialise, positive, widths
+from sg_lightning.backbones.base import ImageBackbone, OverTime, activations, halvings, initialise, positive, widths
 from sg_lightning.encoding import Encoding
 from sg_lightning.neurons import LIF
 
 
 class ConvNet(ImageBackbone):
-    """Classify small images with a few convolutions and one hidden linear layer.
+    """Classify small images, or frames of events, with a few convolutions and one hidden linear layer.
 
     Each stage is conv 3 x 3, batch norm, neuron, average pooling by 2; then linear, neuron, and a linear layer whose
-    outputs are averaged over time. Made for 8 x 8 and 28 x 28 images; trains in seconds on one CPU core.
+    outputs are averaged over time. Made for 8 x 8 to 34 x 34 pixels; trains in seconds on one CPU core. Pooling a map
+    of odd side leaves out its last row and column (34 pixels: 17, then 8).
 
     Args:
         num_classes: Number of classes K, at least 1.
         in_channels: Number of image channels C, at least 1.
-        input_size: Height and width in pixels, a multiple of 2 to the number of stages.
+        input_size: Height and width in pixels, at least 2 to the number of stages.
         channels: Width of each stage.
         hidden: Width of the hidden linear layer.
         time_steps: Number of steps T; ``None`` for that of ``encoding``, or 4 without one.
@@ -30,10 +31,11 @@ class ConvNet(ImageBackbone):
         spiking: ``False`` for the ANN twin: ReLU for the neuron, one step, same parameters.
 
     Shape:
-        (B, C, input_size, input_size) in [0, 1] to logits (B, K).
+        (B, C, input_size, input_size) in [0, 1] to logits (B, K); with ``encoding=Frames()`` event counts
+        (B, T, C, input_size, input_size).
 
     Raises:
-        ValueError: on a size that the stages do not divide.
+        ValueError: on a size that the stages leave nothing of.
     """
 
     def __init__(
@@ -63,23 +65,23 @@ class ConvNet(ImageBackbone):
             spiking=spiking,
         )
         stages = widths("channels", channels)
-        if input_size % 2 ** len(stages):
-            raise ValueError(
-                f"ConvNet with {len(stages)} stages halves the image {len(stages)} times, so input_size must be a "
-                f"multiple of {2 ** len(stages)}, got {input_size}; pad the images or give fewer channels"
-            )
+        side = halvings("ConvNet", input_size, len(stages))
         activation = activations(neuron, spiking)
         layers: list[nn.Module] = []
         for before, after in zip((in_channels, *stages), stages, strict=False):
             # No bias: the norm has one.
             layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after)]
             layers += [activation(), nn.AvgPool2d(2)]
-        features = stages[-1] * (input_size // 2 ** len(stages)) ** 2
+        features = stages[-1] * side**2
         layers += [nn.Flatten(), nn.Linear(features, positive("hidden", hidden)), activation()]
         self.features = OverTime(*layers)
         self.head = nn.Linear(hidden, num_classes)
         initialise(self)
 
+    def embedding(self, x: Tensor) -> Tensor:
+        """Return what the last layer sees, (B, F)."""
+        return self.features(self.encode(x)).mean(0)
+
     def logits(self, x: Tensor) -> Tensor:
-        """Return logits (B, K) for images (B, C, H, W)."""
-        return self.head(self.features(self.encode(x)).mean(0))
+        """Return logits (B, K) for images (B, C, H, W) or frames (B, T, C, H, W)."""
+        return self.head(self.embedding(x))

@@ -100,10 +100,16 @@ class SpikingMLP(Backbone):
         if spiking:
             _wake(self.features, float(source.beta.detach()), time_steps)
 
+    def _active(self, x: Tensor) -> Tensor:
+        """Return the last hidden layer (T, B, F)."""
+        return self.features(x.transpose(0, 1) if self.spiking else x.sum(1).unsqueeze(0))
+
+    def embedding(self, x: Tensor) -> Tensor:
+        """Return the mean over time of the last hidden layer, (B, F), whatever the readout."""
+        return self._active(x).mean(0)
+
     def logits(self, x: Tensor) -> Tensor:
         """Return logits (B, K) for rasters (B, T, N)."""
-        sequence = x.transpose(0, 1) if self.spiking else x.sum(1).unsqueeze(0)
-        active = self.features(sequence)
         if self.readout is None:
-            return self.head(active.mean(0))
-        return self.readout(over_time(self.head, active))
+            return self.head(self.embedding(x))
+        return self.readout(over_time(self.head, self._active(x)))

@@ -7,13 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sg_lightning.backbones.base import ImageBackbone, OverTime, activations, initialise, over_time, positive
+from sg_lightning.backbones.base import ImageBackbone, OverTime, activations, conv3x3, initialise, over_time, positive
 from sg_lightning.encoding import Encoding
 from sg_lightning.neurons import LIF
-
-
-def _conv(before: int, after: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
 
 
 class PreActivationBlock(nn.Module):
@@ -35,7 +31,7 @@ class PreActivationBlock(nn.Module):
     def __init__(self, before: int, after: int, stride: int, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.enter = OverTime(nn.BatchNorm2d(before), activation())
-        self.body = OverTime(_conv(before, after, stride), nn.BatchNorm2d(after), activation(), _conv(after, after))
+        self.body = OverTime(conv3x3(before, after, stride), nn.BatchNorm2d(after), activation(), conv3x3(after, after))
         self.skip = None if before == after else nn.Conv2d(before, after, 1, stride=stride, bias=False)
         self.mix = nn.Parameter(torch.full((2,), 0.5))
 
@@ -47,7 +43,7 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(ImageBackbone):
-    """Classify images with a spiking wide residual network; the default is WRN-16-4.
+    """Classify images or frames of events with a spiking wide residual network; the default is WRN-16-4.
 
     A 3 x 3 convolution to 16 channels, three groups of pre-activation blocks of 16, 32 and 64 times ``widen`` channels
     (the last two halve the image), then norm, neuron, average pooling and a linear layer. Logits are means over time.
@@ -58,18 +54,19 @@ class WideResNet(ImageBackbone):
         widen: Factor on the widths, at least 1.
         num_classes: Number of classes K, at least 1.
         in_channels: Number of image channels C, at least 1.
-        input_size: Height and width in pixels, a multiple of 4 ``pool``.
+        input_size: Height and width in pixels; a quarter of it, rounded up, is a multiple of ``pool``.
         time_steps: Number of steps T; ``None`` for that of ``encoding``, or 8 without one.
         encoding: How an image becomes a sequence; ``None`` for ``Direct(time_steps)``.
         neuron: Template that every layer copies; ``None`` for ``LIF()``.
-        pool: Side of the last average pooling on maps of ``input_size / 4``.
+        pool: Side of the last average pooling on maps of a quarter of ``input_size``.
         mean: Subtracted from the image inside the network; one value or one per channel. With a spiking encoding
             there is no normalisation.
         std: Divides the image inside the network, above 0; one value or one per channel.
         spiking: ``False`` for the ANN twin: ReLU for the neuron, one step, same parameters.
 
     Shape:
-        (B, C, input_size, input_size) in [0, 1] to logits (B, K).
+        (B, C, input_size, input_size) in [0, 1] to logits (B, K); with ``encoding=Frames()`` event counts
+        (B, T, C, input_size, input_size).
 
     Raises:
         ValueError: on a depth that is not 6 n + 4, or a size that does not fit the strides and the pooling.
@@ -108,14 +105,14 @@ class WideResNet(ImageBackbone):
             std=std,
             spiking=spiking,
         )
-        side = input_size // 4
-        if input_size % 4 or side % positive("pool", pool):
+        side = -(-input_size // 4)  # a stride of 2 rounds up
+        if side % positive("pool", pool):
             raise ValueError(
-                f"WideResNet halves the image twice and then pools by {pool}, so input_size must be a multiple of "
-                f"{4 * pool}, got {input_size}; pad the images, or for multiples of 4 give pool={max(side, 1)}"
+                f"WideResNet makes maps of {side} x {side} of images of {input_size} x {input_size}, which do not divide "
+                f"by pool={pool}; pad the images to a multiple of {4 * pool}, or give pool={side}"
             )
         activation = activations(neuron, spiking)
-        self.stem = _conv(in_channels, 16)
+        self.stem = conv3x3(in_channels, 16)
         blocks: list[nn.Module] = []
         before = 16
         for group in range(3):
@@ -129,7 +126,10 @@ class WideResNet(ImageBackbone):
         self.head = nn.Linear(before * (side // pool) ** 2, num_classes)
         initialise(self)
 
+    def embedding(self, x: Tensor) -> Tensor:
+        """Return what the last layer sees, (B, F)."""
+        return self.tail(self.blocks(over_time(self.stem, self.encode(x)))).mean(0)
+
     def logits(self, x: Tensor) -> Tensor:
-        """Return logits (B, K) for images (B, C, H, W)."""
-        sequence = over_time(self.stem, self.encode(x))
-        return self.head(self.tail(self.blocks(sequence)).mean(0))
+        """Return logits (B, K) for images (B, C, H, W) or frames (B, T, C, H, W)."""
+        return self.head(self.embedding(x))

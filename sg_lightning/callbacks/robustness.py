@@ -13,7 +13,7 @@ from torch.utils.data import DistributedSampler, SequentialSampler
 from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite, read_suite
 from sg_lightning.callbacks.loggers import log_result
 from sg_lightning.callbacks.progress import bar_beside
-from sg_lightning.domains import Domain
+from sg_lightning.domains import Domain, Domains, domains_text
 from sg_lightning.evaluation import RobustnessResult
 from sg_lightning.evaluation.adversarial import Keep, check_keep
 from sg_lightning.evaluation.data import check_samples, legal_domain
@@ -59,7 +59,7 @@ class RobustnessEvaluation(Callback):
         suite: str | Path | Suite = "quick",
         *,
         budgets: Budgets | None = None,
-        domain: Domain | None = None,
+        domain: Domains | None = None,
         every_n_epochs: int = 1,
         max_samples: int | None = None,
         seed: int = 0,
@@ -95,7 +95,7 @@ class RobustnessEvaluation(Callback):
         self._session: Session | None = None
         self._next = 0
         self._samples = 0
-        self._legal = Domain()
+        self._legal: Domains = Domain()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolve the suite now: a typing error should not cost an epoch."""
@@ -161,7 +161,7 @@ class RobustnessEvaluation(Callback):
         if session is None:
             return
         stage = trainer.state.fn.value if trainer.state.fn is not None else ""
-        result = session.finish(domain=str(self._legal), epoch=trainer.current_epoch, stage=stage)
+        result = session.finish(domain=domains_text(self._legal), epoch=trainer.current_epoch, stage=stage)
         if result is None:
             return
         self.result = result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from sg_lightning.callbacks.compiled import kept_buffers
-from sg_lightning.domains import Domain
+from sg_lightning.domains import Domain, Domains
 from sg_lightning.inputs import Input, device_of, tensors
 from sg_lightning.modules.checks import refuse_sharding
 from sg_lightning.objectives.directions import Direction
@@ -65,13 +65,15 @@ class SparseGradient(Callback):
         penalty: ``"difference"`` for :func:`~sg_lightning.objectives.sparse_gradient_penalty`, ``"ratio"`` for
             :func:`~sg_lightning.objectives.gradient_ratio_penalty`, which needs smooth surrogates.
         direction: Threat norm, see there: ``"linf"``, ``"l2"``, ``"l1"`` or ``"l0"``.
-        step_size: Length of the step in the units of the input of ``forward``; ``None`` for the direction's default.
+        step_size: Length of the step in the units of the input of ``forward``, or one by modality; ``None`` for the
+            direction's default.
         output: ``"margin"`` (true against best wrong class) or ``"softmax"``.
         power: 2 for the square, 1 for the absolute value.
         difference: ``"forward"``, ``"backward"`` or ``"central"``.
         coordinates: Number of values that ``"l1"`` and ``"l0"`` move; ``None`` for the default.
         domain: Legal values of the input; ``None`` for that of the module's ``backbone`` if it has one, else [0, 1].
         clamp: Clip the stepped input to the domain.
+        modality: The modality of a dictionary input whose gradient is penalised; ``None``: all together.
 
     Raises:
         ValueError: on a negative weight or a bad option, at construction; on manual optimisation or a sharding
@@ -87,19 +89,22 @@ class SparseGradient(Callback):
         *,
         penalty: Literal["difference", "ratio"] = "difference",
         direction: Direction = "linf",
-        step_size: float | None = None,
+        step_size: float | Mapping[str, float] | None = None,
         output: Output = "margin",
         power: Literal[1, 2] = 2,
         difference: Difference = "forward",
         coordinates: int | None = None,
-        domain: Domain | None = None,
+        domain: Domains | None = None,
         clamp: bool = False,
+        modality: str | None = None,
     ) -> None:
         super().__init__()
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weight must be finite and >= 0 (0 switches the penalty off), got {weight}")
         self.weight = weight
-        options = FiniteDifference(direction, step_size, output, power, difference, coordinates, domain, clamp)
+        options = FiniteDifference(
+            direction, step_size, output, power, difference, coordinates, domain, clamp, modality
+        )
         self.penalty: GradientPenalty = options
         if penalty == "ratio":
             if options != FiniteDifference(output=output):
@@ -147,7 +152,11 @@ class SparseGradient(Callback):
         self._release()
         self._first = True
         domain = getattr(getattr(pl_module, "backbone", None), "domain", None)
-        if isinstance(self.penalty, FiniteDifference) and self.penalty.domain is None and isinstance(domain, Domain):
+        if (
+            isinstance(self.penalty, FiniteDifference)
+            and self.penalty.domain is None
+            and isinstance(domain, Domain | dict)
+        ):
             self._penalty = replace(self.penalty, domain=domain)
         self._fitting.enter_context(kept_buffers(pl_module))
         self._handles = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sg_lightning.attacks import Suite
 from sg_lightning.evaluation.result import RobustnessResult
-from sg_lightning.inputs import Input, apply, assign, detached, rebuild, tensors
+from sg_lightning.inputs import Input, apply, assign, batch_size, detached, device_of, rebuild, select, tensors
 from sg_lightning.threats import Threat
 
 Keep = Literal["few", "all"]
@@ -42,15 +42,26 @@ class AdversarialStore:
             last = next(k for k, entry in enumerate(threats) if entry.headline)
             self._kept += [entry.threat for entry in threats[: last + 1]]
         self._held: dict[str, Input] = {}
+        self._fell: dict[str, Tensor] = {}
 
     def begin(self, x: Input) -> None:
         """Start a batch from its clean inputs."""
         self._held = {threat.norm: detached(x) for threat in self._kept}
+        self._fell = {norm: torch.zeros(batch_size(x), dtype=torch.bool, device=device_of(x)) for norm in self._held}
 
-    def hold(self, threat: Threat, index: Tensor, x_adv: Input, usable: Tensor) -> None:
-        """Keep what an attack found for the samples ``index`` of the batch, where ``usable``."""
-        if threat in self._kept:
-            assign(self._held[threat.norm], index[usable], apply(lambda t: t[usable], x_adv))
+    def hold(self, threat: Threat, index: Tensor, x_adv: Input, usable: Tensor, broken: Tensor) -> None:
+        """Keep what an attack found for the samples ``index`` of the batch, where ``usable``.
+
+        Where it is ``broken`` by one modality alone, that is an example of a joint threat too.
+        """
+        for kept in self._kept:
+            if kept != threat and not kept.includes(threat):
+                continue
+            fell = self._fell[kept.norm]
+            # Broken by one modality, a sample may yet stand where it is attacked within a smaller share of all.
+            mask = broken | (usable & ~fell[index]) if kept == threat else broken
+            assign(self._held[kept.norm], index[mask], select(x_adv, mask))
+            fell[index] |= broken
 
     def commit(self, ids: Sequence[int]) -> None:
         """Write the batch.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from sg_lightning.domains import Domain
-from sg_lightning.inputs import Input, apply, batch_size, select, tensors
+from sg_lightning.domains import Domain, Domains, check_values
+from sg_lightning.inputs import Input, apply, batch_size, select
 
 
 class Source:
@@ -62,7 +62,7 @@ class Source:
         size = batch_size(self.pair[0]) if self.pair is not None else len(self.loader.dataset)
         return int(min(size, self.limit))
 
-    def check(self, domain: Domain) -> None:
+    def check(self, domain: Domains) -> None:
         """Check tensors at once; a loader's samples are checked batch by batch as they come.
 
         Raises:
@@ -96,22 +96,33 @@ class Source:
             yield batch[0], batch[1]
 
 
-def legal_domain(given: Domain | None, data: Any) -> Domain:
-    """Return the domain that was given, else that of the data, else [0, 1].
+def legal_domain(given: Domains | None, data: Any) -> Domains:
+    """Return the domain that was given, else that of the data, else [0, 1]; one for each modality of dictionaries.
 
     Raises:
-        ValueError: if the data are whole numbers and the given domain hides that: its perturbations would pass as feasible.
+        ValueError: if the data are whole numbers and the given domain hides that: its perturbations would pass as feasible;
+            or if only one of the two is by modality.
     """
-    own = getattr(data, "domain", None)
-    if given is not None and own is not None and own.lattice is not None and given.lattice is None:
-        raise ValueError(
-            f"domain={given}, but the data live in {own}: leave domain out and name relaxed norms in the budgets "
-            "('relaxed_linf', ...), whose figures are marked infeasible"
-        )
-    return given or own or Domain()
+    own: Domains | None = getattr(data, "domain", None)
+    if given is None or own is None:
+        return given or own or Domain()
+    if isinstance(given, dict) != isinstance(own, dict):
+        raise ValueError(f"domain={given}, but that of the data is {own}: give one domain for each modality, or none")
+    pairs = (
+        [(given.get(k), v) for k, v in own.items()]
+        if isinstance(own, dict) and isinstance(given, dict)
+        else [(given, own)]
+    )
+    for one, other in pairs:
+        if isinstance(one, Domain) and isinstance(other, Domain) and other.lattice is not None and one.lattice is None:
+            raise ValueError(
+                f"domain={one}, but the data live in {other}: leave domain out and name relaxed norms in the budgets "
+                "('relaxed_linf', ...), whose figures are marked infeasible"
+            )
+    return given
 
 
-def check_samples(x: Input, y: Tensor, domain: Domain | None) -> None:
+def check_samples(x: Input, y: Tensor, domain: Domains | None) -> None:
     """Raise ``ValueError`` with the cure on NaN, values outside the domain, or labels that do not fit."""
     if y.dim() != 1 or y.is_floating_point() or len(y) != batch_size(x):
         raise ValueError(
@@ -119,12 +130,7 @@ def check_samples(x: Input, y: Tensor, domain: Domain | None) -> None:
         )
     if len(y) and int(y.min()) < 0:
         raise ValueError(f"labels must be >= 0, got {int(y.min())}")
-    if domain is not None and isinstance(x, Tensor):
-        domain.check(x, "the test data")
-    else:
-        for part in tensors(x):
-            if not bool(torch.isfinite(part).all()):
-                raise ValueError("the test data holds NaN or infinite values; clean it before attacking")
+    check_values(x, domain, "the test data")
 
 
 def to_device(x: Input, device: torch.device) -> Input:

@@ -23,7 +23,7 @@ from sg_lightning.evaluation.rows import Phase, Row, Status
 from sg_lightning.fingerprint import fingerprint_model, fingerprint_samples
 from sg_lightning.inputs import Input, detached, select
 from sg_lightning.sampling import SampleGenerator
-from sg_lightning.threats import L0, L1, L2, EventFlips, Linf, Threat
+from sg_lightning.threats import L0, L1, L2, EventFlips, Joint, Linf, Modality, Threat
 
 EXAMPLES_PER_NORM = 4
 CLEAN = "clean"
@@ -102,11 +102,16 @@ class RobustnessRun:
     def _cascade(self, batch: _Batch) -> list[Row]:
         rows: list[Row] = []
         standing: dict[str, Tensor] = {}
+        fallen: list[tuple[Threat, Tensor]] = []
         for entry in self.suite.entries:
             alive = standing.setdefault(entry.threat.norm, batch.clean.clone())
+            for threat, fell in fallen:
+                if entry.threat.includes(threat):
+                    alive &= ~fell
             for attack in entry.attacks:
                 fell, new = self._attack(attack, batch, alive, "main")
                 alive &= ~fell
+                fallen.append((entry.threat, fell))
                 rows += new
             if self.suite.control:
                 rows += self._attack(RandomNoise(entry.threat), batch, batch.clean, "main")[1]
@@ -158,7 +163,7 @@ class RobustnessRun:
         if phase == "main" and attack.kind != "random":
             self._keep_examples(threat, part, found.x_adv, broken, sizes)
             if self.store is not None:
-                self.store.hold(threat, index, found.x_adv, ~invalid)
+                self.store.hold(threat, index, found.x_adv, ~invalid, broken)
         return fell, rows
 
     def _searched(self, attack: Attack, batch: _Batch, part: _Batch, index: Tensor) -> AttackResult:
@@ -187,13 +192,17 @@ class RobustnessRun:
         )
 
     def _keep_examples(self, threat: Threat, batch: _Batch, x_adv: Input, broken: Tensor, sizes: Tensor) -> None:
+        """Keep a few for pictures; of a dictionary input the attacked modality."""
         headline = any(entry.headline and entry.threat == threat for entry in self.suite.entries)
-        x, y = batch.x, batch.y
-        if not headline or not isinstance(x, Tensor) or not isinstance(x_adv, Tensor):
+        if not headline or isinstance(threat, Joint):
             return
+        y, whole = batch.y, x_adv
+        x, x_adv = (threat.part(t) if isinstance(threat, Modality) else t for t in (batch.x, x_adv))
+        assert isinstance(x, Tensor)
+        assert isinstance(x_adv, Tensor)
         held = sum(example["norm"] == threat.norm for example in self.examples)
         for k in broken.nonzero().squeeze(1).tolist()[: EXAMPLES_PER_NORM - held]:
-            predicted = int(self.oracle.logits(x_adv[k : k + 1]).argmax(1))
+            predicted = int(self.oracle.logits(select(whole, torch.tensor([k], device=y.device))).argmax(1))
             self.examples.append({
                 "norm": threat.norm, "eps": str(threat.eps), "clean": x[k].cpu(), "adversarial": x_adv[k].cpu(),
                 "label": int(y[k]), "predicted": predicted, "size": float(sizes[k]),
@@ -250,10 +259,17 @@ class _Batch:
 def overwhelming(threat: Threat, x: Input) -> Threat | None:
     """Return a threat of the same norm under which no network can be right: half the domain for every value.
 
-    ``None`` where that has no meaning: joint threats, open counts, and events that may only be added, deleted or moved.
+    ``None`` where that has no meaning: open counts, events that may only be added, deleted or moved, and threats that leave
+    a modality of a dictionary alone, by which a network may go.
     """
-    domain, values = threat.domain, 0 if isinstance(x, dict) else x[0].numel()
-    if isinstance(x, dict) or domain.width == float("inf") or getattr(threat, "mode", "flip") != "flip":
+    if isinstance(threat, Joint) and isinstance(x, dict):
+        parts = {name: overwhelming(part, x[name]) for name, part in threat.threats}
+        huge = {name: part for name, part in parts.items() if part is not None}
+        return Joint(huge, 1, threat.name) if huge.keys() == x.keys() else None
+    if isinstance(x, dict):
+        return None
+    domain, values = threat.domain, x[0].numel()
+    if domain.width == float("inf") or getattr(threat, "mode", "flip") != "flip":
         return None
     if isinstance(threat, L0 | EventFlips):
         opposite = torch.where(x < (domain.low + domain.high) / 2, domain.high, domain.low)

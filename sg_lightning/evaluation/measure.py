@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite, with_substitutes
-from sg_lightning.domains import Domain
+from sg_lightning.domains import Domains, domains_text
 from sg_lightning.evaluation.adversarial import Keep
 from sg_lightning.evaluation.data import Source, check_samples, legal_domain, to_device
 from sg_lightning.evaluation.progress import TqdmBar
@@ -28,7 +28,7 @@ def evaluate(
     suite: str | Path | Suite = "basic",
     *,
     budgets: Budgets | None = None,
-    domain: Domain | None = None,
+    domain: Domains | None = None,
     max_samples: int | None = None,
     batch_size: int = 128,
     out: str | Path | None = None,
@@ -48,10 +48,11 @@ def evaluate(
 
     Args:
         model: Any function ``x -> logits (B, K)``; modules are left exactly as they are.
-        data: ``(x, y)`` tensors, a sequential ``DataLoader``, or a data module.
+        data: ``(x, y)`` tensors (or a dict of tensors for x), a sequential ``DataLoader``, or a data module.
         suite: ``"quick"``, ``"basic"``, the path of a YAML file, or a resolved suite.
-        budgets: Budgets per norm; by default those of the data module.
-        domain: Legal values; by default that of the data module, else [0, 1].
+        budgets: Budgets per norm; by default those of the data module. For dictionary inputs per ``<modality>_<norm>``, and
+            ``joint`` for several modalities at once, see :class:`~sg_lightning.threats.JointBudget`.
+        domain: Legal values, one for each modality of dictionary inputs; by default those of the data module, else [0, 1].
         max_samples: Only the first so many samples.
         batch_size: Samples attacked together (loaders keep their own). Does not change the result.
         out: Folder for rows as they are made, and for the whole result at the end (``RobustnessResult.load(out)``);
@@ -115,7 +116,7 @@ def evaluate(
             session.batch(x, y, ids[mine])
     reasons = {norm: budgets[norm].reason for norm in resolved.norms if norm in budgets and budgets[norm].reason}
     notes = {"headline budgets": reasons, "left out": left_out}
-    result = session.finish(domain=str(domain), **{name: note for name, note in notes.items() if note})
+    result = session.finish(domain=domains_text(domain), **{name: note for name, note in notes.items() if note})
     assert result is not None  # an empty test set was refused above
     return result
 

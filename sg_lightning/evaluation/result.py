@@ -20,7 +20,7 @@ from sg_lightning.evaluation.checks import Check, Tried, run_checks
 from sg_lightning.evaluation.rows import EXAMPLES, Row, read_rows, to_csv, write_atomically, write_examples
 from sg_lightning.evaluation.statistics import Share, paired_difference, share_of, wilson
 from sg_lightning.threats import is_relaxed
-from sg_lightning.threats.base import metric_key, parse_eps
+from sg_lightning.threats.base import is_share, metric_key, parse_eps
 
 Mask = NDArray[np.bool_]
 
@@ -164,12 +164,13 @@ class RobustnessResult:
     def robust(self, norm: str, eps: float | str | None = None) -> Mask:
         """Tell per sample (N,) whether it is correct and no attack of this norm within eps (headline) changed that.
 
-        A sample broken within a smaller budget is broken within a larger one.
+        A sample broken within a smaller budget is broken within a larger one, and one broken by a single modality is
+        broken under a joint threat that allows as much.
         """
-        limit = self._limit(norm, eps)
+        limits = self._limits(norm, eps)
         right = self.clean_correct.copy()
         for (other, budget, attack), fell in self._fell.items():
-            if other == norm and budget <= limit and attack != "random":
+            if budget <= limits.get(other, -1.0) and attack != "random":
                 right &= ~fell
         return right
 
@@ -178,11 +179,11 @@ class RobustnessResult:
 
         Unlike ``~robust(norm)``, not where the sample was wrong to begin with or its gradients were not finite.
         """
-        limit = self._limit(norm, eps)
+        limits = self._limits(norm, eps)
         found = np.zeros(len(self.ids), dtype=bool)
         for row in self.rows:
-            if row.phase == "main" and row.norm == norm and row.status == "broken" and row.attack != "random":
-                found[self._position[row.id]] |= parse_eps(row.eps) <= limit
+            if row.phase == "main" and row.norm in limits and row.status == "broken" and row.attack != "random":
+                found[self._position[row.id]] |= parse_eps(row.eps) <= limits[row.norm]
         return found
 
     def after(self, norm: str, eps: float | str, attack: str) -> Share:
@@ -195,15 +196,21 @@ class RobustnessResult:
         names = next(e.names for e in self.suite.entries if e.norm == norm and parse_eps(e.eps) == limit)
         if attack not in names:
             raise ValueError(f"{attack!r} was not run under {norm}; run: {', '.join(names)}")
-        before = set(names[: names.index(attack) + 1])
+        before, limits = set(names[: names.index(attack) + 1]), self._limits(norm, eps)
         right = self.clean_correct.copy()
         for (other, budget, name), fell in self._fell.items():
-            if other == norm and name != "random" and (budget < limit or (budget == limit and name in before)):
+            least = budget < limits.get(other, -1.0) or (
+                budget == limits.get(other) and (other != norm or name in before)
+            )
+            if name != "random" and least:
                 right &= ~fell
         return share_of(int(right.sum()), len(right))
 
     def broken_by(self, norm: str, eps: float | str | None = None) -> dict[str, int]:
-        """Count, by attack, the samples that it was the first to break within eps (headline if ``None``), most first."""
+        """Count, by attack, the samples that it was the first to break within eps (headline if ``None``), most first.
+
+        Under a joint threat without those that a single modality had broken before.
+        """
         limit = self._limit(norm, eps)
         counts: Counter[str] = Counter()
         for row in self.rows:
@@ -217,6 +224,23 @@ class RobustnessResult:
         if limit not in measured:
             raise ValueError(f"eps={eps} was not measured under {norm}; measured: {', '.join(self.budgets(norm))}")
         return limit
+
+    def _limits(self, norm: str, eps: float | str | None) -> dict[str, float]:
+        """Return the largest budget of each norm that is allowed: that of the norm, and what a joint threat includes."""
+        limit = self._limit(norm, eps)
+        entries = self.suite.content["entries"]
+        joint = next(e["threat"] for e in entries if e["threat"]["norm"] == norm)
+        limits = {norm: limit}
+        for modality, whole in joint.get("threats", {}).items():
+            name = f"{modality}_{whole['norm']}"
+            alike = {**whole, "norm": name, "modality": modality}
+            for threat in (e["threat"] for e in entries if e["threat"]["norm"] == name):
+                same_kind = (
+                    is_share(threat["eps"]) == is_share(whole["eps"]) and {**threat, "eps": whole["eps"]} == alike
+                )
+                if same_kind and parse_eps(threat["eps"]) <= limit * parse_eps(whole["eps"]):
+                    limits[name] = max(limits.get(name, 0.0), parse_eps(threat["eps"]))
+        return limits
 
     def accuracy(self, norm: str, eps: float | str | None = None) -> float:
         """Return the robust accuracy at eps (headline if ``None``)."""

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from sg_lightning.attacks import Attack, Oracle
-from sg_lightning.domains import Domain
+from sg_lightning.domains import Domain, check_values
 from sg_lightning.evaluation.session import process
 from sg_lightning.inputs import Input, batch_size
 from sg_lightning.modules.checks import refuse_sharding
 from sg_lightning.modules.classifier import SpikingClassifier
 from sg_lightning.sampling import SampleGenerator
+from sg_lightning.threats import Joint, Threat
 
 if TYPE_CHECKING:
     _Host = SpikingClassifier
@@ -69,10 +70,13 @@ class AdversarialTraining(_Host):
 
     def loss_inputs(self, x: Input, y: Tensor) -> list[Input]:
         """Return the attacked version of every point that the class behind the mixin would train on."""
-        threat = self.attack.threat
-        domain = getattr(threat, "domain", None)
-        if "train" not in self._checked and isinstance(domain, Domain) and isinstance(x, Tensor):
-            domain.check(x.detach(), f"x, attacked under {type(threat).__name__},")
+        if "train" not in self._checked:
+            threat = self.attack.threat
+            reached, name = _domains(threat), f"x, attacked under {type(threat).__name__},"
+            if isinstance(x, Tensor) and "" in reached:
+                check_values(x.detach(), reached[""], name)
+            elif isinstance(x, dict):
+                check_values({k: x[k].detach() for k in reached if k in x}, reached, name)
         return [self.craft(point, y) for point in super().loss_inputs(x, y)]
 
     @torch.compiler.disable
@@ -97,11 +101,23 @@ class AdversarialClassifier(AdversarialTraining, SpikingClassifier):
 
 def _check_domain(attack: Attack, backbone: nn.Module) -> None:
     """Raise ``ValueError`` if attacked inputs may be values that the backbone does not expect."""
-    allowed, reached = getattr(backbone, "domain", None), getattr(attack.threat, "domain", None)
-    if not isinstance(allowed, Domain) or not isinstance(reached, Domain):
-        return  # a backbone that does not say, or a joint threat with a domain per modality
-    if reached.low < allowed.low or reached.high > allowed.high:
-        raise ValueError(
-            f"the attack's threat has the domain {reached} but the inputs of {type(backbone).__name__} live in "
-            f"{allowed}; build the threat with domain={allowed!r}"
-        )
+    domain = getattr(backbone, "domain", None)
+    for modality, reached in _domains(attack.threat).items():
+        allowed = domain.get(modality) if isinstance(domain, dict) else domain if not modality else None
+        if isinstance(domain, dict) and allowed is None:
+            raise ValueError(
+                f"the attack is on {modality or 'a single tensor'}, but the inputs of {type(backbone).__name__} are "
+                f"{', '.join(domain)}; use a threat on a modality, or Joint"
+            )
+        if isinstance(allowed, Domain) and (reached.low < allowed.low or reached.high > allowed.high):
+            raise ValueError(
+                f"the attack's threat has the domain {reached} but the inputs of {type(backbone).__name__} live in "
+                f"{allowed}; build the threat with domain={allowed!r}"
+            )
+
+
+def _domains(threat: Threat) -> dict[str, Domain]:
+    """Return the domain of each attacked modality; that of a single tensor under ``""``."""
+    if isinstance(threat, Joint):
+        return {name: part.domain for name, part in threat.threats}
+    return {getattr(threat, "modality", ""): threat.domain}

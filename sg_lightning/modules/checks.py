@@ -9,8 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-from sg_lightning.domains import Domain
-from sg_lightning.inputs import Input
+from sg_lightning.domains import check_values
+from sg_lightning.inputs import Input, apply, tensors
 from sg_lightning.objectives.probability import check_label_range, check_labels, check_logits
 
 
@@ -32,13 +32,11 @@ def unpack(batch: Any) -> tuple[Input, Tensor]:
 
 def check_inputs(x: Input, y: Tensor, backbone: nn.Module, stage: str) -> None:
     """Check dtype, NaN and domain of the inputs, and that x and y have equally many samples."""
-    domain = getattr(backbone, "domain", None)
-    for name, part in x.items() if isinstance(x, dict) else [("x", x)]:
-        legal = domain.get(name) if isinstance(domain, dict) else domain
-        label = f"{name} of the first {stage} batch"
-        (legal if isinstance(legal, Domain) else Domain(-torch.inf, torch.inf)).check(part.detach(), label)
+    name = f"x of the first {stage} batch" if isinstance(x, Tensor) else f"the first {stage} batch"
+    check_values(apply(Tensor.detach, x), getattr(backbone, "domain", None), name)
+    for part in tensors(x):
         if isinstance(y, Tensor) and y.dim() and part.shape[0] != y.shape[0]:
-            raise ValueError(f"{label} has {part.shape[0]} samples but there are {y.shape[0]} labels")
+            raise ValueError(f"{name} has {part.shape[0]} samples but there are {y.shape[0]} labels")
     # Before an attack or the loss indexes with them; networks that do not say K are checked by their outputs.
     classes = getattr(backbone, "num_classes", None)
     if isinstance(y, Tensor) and y.dtype == torch.int64 and y.numel() and isinstance(classes, int):

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sg_lightning.domains import Domain
+from sg_lightning.domains import Domain, Domains
 from sg_lightning.inputs import Input, apply, rebuild, tensors
 
 Direction = Literal["linf", "l2", "l1", "l0"]
@@ -56,7 +56,18 @@ def room(x: Tensor, up: Tensor, domain: Domain) -> Tensor:
     return torch.where(up, above, below).clamp_min(0.0)
 
 
-def ascend(x: Input, grad: Input, direction: Direction, step_size: float, coordinates: int, domain: Domain) -> Ascent:
+def _rooms(x: Input, grad: Input, domain: Domains) -> Input:
+    """Return :func:`room` for every modality, each between its own walls."""
+    if isinstance(x, dict):
+        assert isinstance(grad, dict)
+        legal = domain if isinstance(domain, dict) else dict.fromkeys(x, domain)
+        return {key: room(part.detach(), grad[key] > 0, legal[key]) for key, part in x.items()}
+    assert isinstance(grad, Tensor)
+    assert isinstance(domain, Domain)
+    return room(x.detach(), grad > 0, domain)
+
+
+def ascend(x: Input, grad: Input, direction: Direction, step_size: float, coordinates: int, domain: Domains) -> Ascent:
     """Step from ``x`` up ``grad`` in the geometry of one threat norm.
 
     Args:
@@ -67,7 +78,7 @@ def ascend(x: Input, grad: Input, direction: Direction, step_size: float, coordi
         step_size: ``"linf"``: change of every value. ``"l2"``: Euclidean length. ``"l1"``, ``"l0"``: share of the
             room, the distance to the wall, that each chosen value crosses.
         coordinates: Number of values that ``"l1"`` and ``"l0"`` move.
-        domain: Walls that define the room.
+        domain: Walls that define the room, for all modalities or by modality.
 
     Returns:
         The step; the quotient with its length estimates ||g||_1 (linf), ||g||_2 (l2), the room-weighted mean of the
@@ -80,7 +91,7 @@ def ascend(x: Input, grad: Input, direction: Direction, step_size: float, coordi
         norm = euclidean(g)
         unit = g / norm.clamp_min(torch.finfo(g.dtype).tiny)
         return Ascent(unflat(step_size * unit, x), step_size, norm.squeeze(1))
-    space = room(point, g > 0, domain)
+    space = flat(_rooms(x, grad, domain))
     gain, chosen = (space * g.abs()).topk(min(coordinates, g.shape[1]), dim=1)
     moves = step_size * (space * g.sign()).gather(1, chosen)
     delta = unflat(torch.zeros_like(point).scatter(1, chosen, moves), x)

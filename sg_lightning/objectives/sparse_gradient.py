@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sg_lightning.domains import Box, Domain
+from sg_lightning.domains import Box, Domain, Domains
 from sg_lightning.inputs import Input, apply, device_of, rebuild, tensors
 from sg_lightning.objectives.directions import Ascent, Direction, ascend, flat
 from sg_lightning.objectives.noise import NoiseTape
@@ -44,13 +44,14 @@ class FiniteDifference:
     """Options of :func:`sparse_gradient_penalty`, checked once and applied to many batches."""
 
     direction: Direction = "linf"
-    step_size: float | None = None
+    step_size: float | Mapping[str, float] | None = None
     output: Output = "margin"
     power: Literal[1, 2] = 2
     difference: Difference = "forward"
     coordinates: int | None = None
-    domain: Domain | None = None
+    domain: Domains | None = None
     clamp: bool = False
+    modality: str | None = None
 
     def __post_init__(self) -> None:
         _choice("direction", self.direction, get_args(Direction))
@@ -59,7 +60,15 @@ class FiniteDifference:
         _choice("difference", self.difference, get_args(Difference))
         share = self.direction in ("l1", "l0")
         top = 1.0 if share else math.inf
-        if self.step_size is not None and not (0 < self.step_size <= top and math.isfinite(self.step_size)):
+        several = isinstance(self.step_size, Mapping)
+        if several and (share or self.modality is not None):
+            raise ValueError(
+                "step sizes by modality are for the directions 'linf' and 'l2' over all modalities (those of 'l1' and 'l0' "
+                f"are shares of each value's room), got {self.step_size} with direction={self.direction!r}, "
+                f"modality={self.modality!r}"
+            )
+        sizes = list(self.step_size.values()) if isinstance(self.step_size, Mapping) else [self.step_size]
+        if not sizes or not all(size is None or (0 < size <= top and math.isfinite(size)) for size in sizes):
             rule = "a share of the room in (0, 1]" if share else "finite and above 0"
             raise ValueError(f"step_size must be {rule} for direction={self.direction!r}, got {self.step_size}")
         if self.coordinates is not None and not share:
@@ -97,20 +106,52 @@ class FiniteDifference:
         return Measured(penalty, quotient.detach(), uphill.slope / grad_scale)
 
     def _step(self, x: Input, grad: Input) -> Ascent:
-        size = self.step_size
+        if self.modality is not None:
+            return self._step_in(self.modality, x, grad)
+        if isinstance(self.step_size, Mapping):
+            return self._weighted(self.step_size, x, grad)
+        return self._ascend(x, grad, self.step_size, self._walls)
+
+    def _ascend(self, x: Input, grad: Input, size: float | None, walls: Domains) -> Ascent:
         if size is None:
             size = STEP_SIZE[self.direction]
             if self.direction == "l2":
                 size *= math.sqrt(sum(t[0].numel() for t in tensors(x)))
-        return ascend(x, grad, self.direction, size, self.coordinates or COORDINATES[self.direction], self._walls)
+        return ascend(x, grad, self.direction, size, self.coordinates or COORDINATES[self.direction], walls)
+
+    def _step_in(self, modality: str, x: Input, grad: Input) -> Ascent:
+        """Step in one modality only."""
+        if not isinstance(x, dict) or not isinstance(grad, dict) or modality not in x:
+            raise ValueError(f"modality={modality!r}, but the input has {_modalities(x)}")
+        walls, size = self._walls, self.step_size
+        assert not isinstance(size, Mapping)
+        step = self._ascend(x[modality], grad[modality], size, walls[modality] if isinstance(walls, dict) else walls)
+        delta = {key: torch.zeros_like(part) for key, part in x.items()}
+        return Ascent({**delta, modality: step.delta}, step.length, step.slope)  # type: ignore[dict-item]
+
+    def _weighted(self, sizes: Mapping[str, float], x: Input, grad: Input) -> Ascent:
+        """Step in coordinates in which every modality has the largest step size."""
+        if not isinstance(x, dict) or sizes.keys() != x.keys():
+            raise ValueError(f"step_size has {', '.join(sizes)}, but the input has {_modalities(x)}")
+        largest = max(sizes.values())
+        weights: Input = {key: torch.as_tensor(sizes[key] / largest).to(part) for key, part in x.items()}
+        scale = lambda t, w: t * w
+        step = self._ascend(x, apply(scale, grad, weights), largest, self._walls)
+        return Ascent(apply(scale, step.delta, weights), step.length, step.slope)
 
     def _moved(self, x: Input, step: Ascent) -> Input:
         # A leaf is detached, so that the second branch does not compute a gradient for it that nobody reads.
         moved = apply(lambda t, d: (t if t.grad_fn is not None else t.detach()) + d, x, step.delta)
-        return apply(self._walls.clip, moved) if self.clamp else moved
+        walls = self._walls
+        if not self.clamp:
+            return moved
+        if isinstance(walls, Domain):
+            return apply(walls.clip, moved)
+        assert isinstance(moved, dict)
+        return {key: walls[key].clip(part) for key, part in moved.items()}
 
     @property
-    def _walls(self) -> Domain:
+    def _walls(self) -> Domains:
         return Box() if self.domain is None else self.domain
 
 
@@ -148,13 +189,14 @@ def sparse_gradient_penalty(
     *,
     logits: Tensor | None = None,
     direction: Direction = "linf",
-    step_size: float | None = None,
+    step_size: float | Mapping[str, float] | None = None,
     output: Output = "margin",
     power: Literal[1, 2] = 2,
     difference: Difference = "forward",
     coordinates: int | None = None,
-    domain: Domain | None = None,
+    domain: Domains | None = None,
     clamp: bool = False,
+    modality: str | None = None,
 ) -> Tensor:
     """Penalise the dual norm of the input gradient of the true class, by a finite difference.
 
@@ -174,15 +216,17 @@ def sparse_gradient_penalty(
         step_size: Above 0. ``"linf"``: change of every value (default 0.01). ``"l2"``: Euclidean length (default
             0.01 sqrt(m) for m input values, as long as the sign step). ``"l1"``, ``"l0"``: share of its room, the
             distance to the wall, that each chosen value crosses (default 0.3 and 0.1). The defaults are where the difference
-            agrees best with the gradient: shorter steps read spike quantisation, longer ones saturate.
+            agrees best with the gradient: shorter steps read spike quantisation, longer ones saturate. For ``"linf"`` and
+            ``"l2"`` also one by modality: the gradient of each is then weighted by its share of the largest.
         output: ``"margin"`` for a softmax over the true and the best wrong class, chosen at ``x``; ``"softmax"`` for
             all classes.
         power: 2 for the square, 1 for the absolute value.
         difference: ``"forward"`` steps up the true class, ``"backward"`` down, ``"central"`` both ways (one pass
             more). A confident sample has no way up, so ``"forward"`` saturates there.
         coordinates: Number of values that ``"l1"`` (default 1) and ``"l0"`` (default 8) move.
-        domain: Legal values of the input, for the room and for ``clamp``; ``None`` for [0, 1].
+        domain: Legal values of the input, for the room and for ``clamp``, or those of each modality; ``None`` for [0, 1].
         clamp: Clip the stepped input to the domain. The quotient is not rescaled.
+        modality: The modality of a dictionary input whose gradient is penalised; ``None``: all together.
 
     Returns:
         A scalar >= 0 with a graph to the parameters.
@@ -203,7 +247,7 @@ def sparse_gradient_penalty(
         >>> sparse_gradient_penalty(net, x, y).shape
         torch.Size([])
     """
-    options = FiniteDifference(direction, step_size, output, power, difference, coordinates, domain, clamp)
+    options = FiniteDifference(direction, step_size, output, power, difference, coordinates, domain, clamp, modality)
     return measure(options, forward, x, y, logits=logits).penalty
 
 
@@ -312,6 +356,10 @@ def fidelity(measured: Measured) -> Tensor:
     a, b = a - a.mean(), b - b.mean()
     spread = a.norm() * b.norm()
     return torch.where(spread > 0, (a * b).sum() / spread.clamp_min(torch.finfo(spread.dtype).tiny), 0.0)
+
+
+def _modalities(x: Input) -> str:
+    return ", ".join(x) if isinstance(x, dict) else "a single tensor"
 
 
 def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -27,7 +27,10 @@ def unit(results: Results, norm: str) -> str:
         for entry in result.suite.content["entries"]:
             if entry["threat"]["norm"] == norm and "unit" in entry["threat"]:
                 return f"{entry['threat']['unit']} changed"
-    return UNITS.get(norm.removeprefix("relaxed_"), "")
+    if norm.startswith("joint"):
+        return "share of the budget of every modality"
+    single = next((name for name in UNITS if norm == name or norm.endswith(f"_{name}")), "")
+    return UNITS.get(single, "")
 
 
 def listed(words: Sequence[str]) -> str:

@@ -51,8 +51,13 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
 
 
 def norm_label(norm: str) -> str:
-    """Write a norm for people: ``linf`` becomes ``L∞``; unknown names stay."""
-    return NORM_LABELS.get(norm, norm)
+    """Write a norm for people: ``linf`` becomes ``L∞``, ``audio_flips`` ``audio: flips``; unknown names stay."""
+    if norm in NORM_LABELS or norm.startswith("joint"):
+        return NORM_LABELS.get(norm, norm.replace("_", " "))
+    for name in sorted(NORM_LABELS, key=len, reverse=True):  # relaxed_linf before linf
+        if norm.endswith(f"_{name}"):
+            return f"{norm.removesuffix(f'_{name}')}: {NORM_LABELS[name]}"
+    return norm
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -121,6 +121,10 @@ class Threat(ABC):
     def contains(self, x_adv: Input, x: Input) -> Tensor:
         """Tell per sample, bool (B,), whether ``x_adv`` is finite, in budget (1e-6 relative) and in the domain."""
 
+    def includes(self, other: Threat) -> bool:
+        """Tell whether this is a threat on several modalities that allows all that ``other``, on one of them, does."""
+        return False
+
     def default_step(self, steps: int, done: int = 0) -> float:
         """Return the length of step number ``done`` of ``steps``: any point of the ball can be reached and left again."""
         return 2.5 * self.budget / steps

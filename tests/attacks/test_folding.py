@@ -86,7 +86,7 @@ def test_attacks_work_on_the_folded_model_and_are_judged_on_the_model_as_it_is(m
     forward = Oracle._forward
     monkeypatch.setattr(
         Oracle, "_forward",
-        lambda self, x: (seen.append(any(isinstance(m, nn.Identity) for m in self.modules)), forward(self, x))[1],
+        lambda self, *x: (seen.append(any(isinstance(m, nn.Identity) for m in self.modules)), forward(self, *x))[1],
     )  # fmt: skip
     oracle, threat = Oracle(net), Linf(0.1)
     found = APGD(threat, steps=5).run(oracle, x, y)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sg_lightning.backbones import VGG, ConvNet, SpikingMLP, WideResNet
+from sg_lightning.backbones import VGG, ConvNet, SEWResNet, SpikingMLP, WideResNet
+from sg_lightning.encoding import Frames
 from sg_lightning.neurons import SpikingNeuron
 
 
@@ -55,6 +56,17 @@ def test_vgg11_at_48_pixels_and_with_small_head():
     assert VGG("vgg11", 10, 1, 8, head=(64,)).features[-2].in_features == 512  # 8 x 8 leaves one pixel
 
 
+@pytest.mark.parametrize(("size", "side"), [(48, 3), (128, 8), (34, 2)])
+def test_vgg_dvs(size, side):
+    net = VGG("vgg_dvs", num_classes=10, in_channels=2, input_size=size, encoding=Frames(2))
+    assert order(net) == "CBLCBLA CBLCBLA CBLCBLA CBLCBLA FD".replace(" ", "")
+    widths = [2, 64, 128, 256, 256, 512, 512, 512, 512]
+    expected = sum(conv(a, b, bias=True) + norm(b) for a, b in pairwise(widths)) + dense(512 * side**2, 10)
+    assert count(net) == expected
+    if size == 34:
+        assert net(torch.poisson(torch.rand(1, 2, 2, size, size))).shape == (1, 10)
+
+
 @pytest.mark.parametrize(
     ("name", "convolutions", "poolings"), [("vgg5", 3, 2), ("vgg11", 8, 3), ("vgg13", 10, 5), ("vgg16", 13, 5)]
 )
@@ -87,6 +99,42 @@ def test_wrn_16_4():
     assert [b.body[0].stride[0] for b in net.blocks] == [1, 1, 2, 1, 2, 1]
 
 
+def sew_block(before: int, after: int) -> int:
+    shortcut = 0 if before == after else conv(before, after, bias=False, side=1) + norm(after)
+    return conv(before, after, bias=False) + conv(after, after, bias=False) + 2 * norm(after) + shortcut
+
+
+def test_sew_resnet18_has_the_weights_of_resnet18():
+    net = SEWResNet("sew_resnet18", num_classes=1000, input_size=224)
+    expected = conv(3, 64, bias=False, side=7) + norm(64) + dense(512, 1000)
+    expected += sum(sew_block(a, b) for a, b in pairwise([64, 64, 64, 128, 128, 256, 256, 512, 512]))
+    assert expected == 11_689_512  # the count of the ordinary ResNet-18, to which neurons add nothing
+    assert count(net) == expected
+    assert order(net).count("C") + order(net).count("D") == 18 + 3  # and the three shortcuts
+    assert [b.body[0].stride[0] for b in net.blocks] == [1, 1, 2, 1, 2, 1, 2, 1]
+    assert net.stem(torch.rand(1, 1, 3, 224, 224)).shape == (1, 1, 64, 56, 56)
+    assert net.time_steps == 4
+
+
+def test_sew_resnet19_has_the_widths_of_its_paper():
+    net = SEWResNet("sew_resnet19", num_classes=10, input_size=32)
+    expected = conv(3, 128, bias=False) + norm(128) + dense(512, 256) + dense(256, 10)
+    expected += sum(sew_block(a, b) for a, b in pairwise([128, 128, 128, 128, 256, 256, 256, 512, 512]))
+    assert count(net) == expected
+    assert order(net).count("C") + order(net).count("D") == 19 + 2
+    assert [b.body[0].stride[0] for b in net.blocks] == [1, 1, 1, 2, 1, 1, 2, 1]
+    sequence = net.stem(net.encode(torch.rand(1, 3, 32, 32)))
+    assert [sequence.shape[2:], net.blocks(sequence).shape[2:]] == [(128, 32, 32), (512, 8, 8)]
+
+
+def test_silent_block_passes_its_input_on():
+    net = SEWResNet("sew_resnet19", in_channels=1, input_size=8).eval()
+    block = net.blocks[1]
+    block.body[4].bias.data.fill_(-100.0)
+    x = torch.randint(0, 3, (4, 2, 128, 8, 8)).float()
+    assert torch.equal(block(x), x)
+
+
 def test_wrn_mixes_start_at_one_half():
     net = WideResNet(10, 1, in_channels=1, input_size=8, pool=2)
     assert all(block.mix.tolist() == [0.5, 0.5] for block in net.blocks)
@@ -99,5 +147,13 @@ def test_small_networks():
     assert count(SpikingMLP(700, (256,), 20, recurrent=True)) == dense(700, 256) + 256 * 256 + dense(256, 20)
 
 
-def test_convnet_takes_28_pixels():
-    assert ConvNet(10, 1, 28)(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+@pytest.mark.parametrize(("size", "left"), [(8, 2), (16, 4), (28, 7), (34, 8)])
+def test_convnet_pools_odd_sides_down(size, left):
+    net = ConvNet(10, 2, size, channels=(4, 6), hidden=5)
+    assert net(torch.rand(2, 2, size, size)).shape == (2, 10)
+    assert next(m for m in net.modules() if isinstance(m, nn.Linear)).in_features == 6 * left**2
+
+
+def test_wrn_rounds_odd_sides_up():
+    net = WideResNet(10, 1, in_channels=2, input_size=34, pool=9, encoding=Frames(2))
+    assert net(torch.poisson(torch.rand(2, 2, 2, 34, 34))).shape == (2, 10)

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from sg_lightning import backbones
-from sg_lightning.backbones import VGG, Backbone, ConvNet, SpikingMLP, WideResNet
+from sg_lightning.backbones import VGG, Backbone, ConvNet, SEWResNet, SpikingMLP, WideResNet
 from sg_lightning.backbones.base import OverTime, over_time
-from sg_lightning.domains import Binary, Box
-from sg_lightning.encoding import Direct, Latency, Poisson
+from sg_lightning.domains import Binary, Box, Counts
+from sg_lightning.encoding import Direct, Frames, Latency, Poisson
 from sg_lightning.neurons import LIF, LeakyIntegrator, SpikingNeuron, surrogates
 
 NEURON = {"beta": 0.9, "surrogate": surrogates.Atan(2.0)}
@@ -25,18 +25,26 @@ def make(kind: str, **options) -> Backbone:
         "vgg5": lambda: VGG("vgg5", 5, 2, 8, head=(24, 24), **options),
         "vgg11": lambda: VGG("vgg11", 5, 2, 8, head=(24, 24), **options),
         "wide_resnet": lambda: WideResNet(10, 1, 5, 2, 8, pool=2, **options),
+        "sew18": lambda: SEWResNet("sew_resnet18", 5, 2, 9, **options),
+        "sew19": lambda: SEWResNet("sew_resnet19", 5, 2, 6, **options),
+        "vgg_dvs": lambda: VGG("vgg_dvs", 5, 2, 17, **{"encoding": Frames(3), **options}),
+        "frames": lambda: ConvNet(5, 2, 9, channels=(6, 8), hidden=12, **{"encoding": Frames(4), **options}),
         "mlp": lambda: SpikingMLP(9, (14, 12), 5, **{"time_steps": 6, **options}),
         "recurrent": lambda: SpikingMLP(9, (14, 12), 5, **{"time_steps": 6, "recurrent": True, **options}),
     }
     return builders[kind]()
 
 
-KINDS = ["convnet", "vgg5", "vgg11", "wide_resnet", "mlp", "recurrent"]
-IMAGES = KINDS[:4]
+IMAGES = ["convnet", "vgg5", "vgg11", "wide_resnet", "sew18", "sew19"]
+FRAMES = ["vgg_dvs", "frames"]
+RASTERS = ["mlp", "recurrent"]
+KINDS = [*IMAGES, *FRAMES, *RASTERS]
 
 
 def inputs(net: Backbone, size: int, *, density: float = 0.5) -> torch.Tensor:
     x = torch.rand(size, *net.input_shape)
+    if net.domain == Counts():
+        return torch.poisson(x)
     return (x < density).float() if net.domain == Binary() else x
 
 
@@ -77,8 +85,16 @@ def test_attributes_and_output(kind):
     assert isinstance(net, Backbone)
     assert net.num_classes == 5
     assert net.spiking
-    assert net.time_steps == {"convnet": 4, "mlp": 6, "recurrent": 6}.get(kind, 8)
-    assert net.domain == (Binary() if kind in ("mlp", "recurrent") else Box(0, 1))
+    assert net.time_steps == {
+        "convnet": 4,
+        "sew18": 4,
+        "sew19": 4,
+        "mlp": 6,
+        "recurrent": 6,
+        "vgg_dvs": 3,
+        "frames": 4,
+    }.get(kind, 8)
+    assert net.domain == (Binary() if kind in RASTERS else Counts() if kind in FRAMES else Box(0, 1))
     out = net(inputs(net, 3))
     assert out.shape == (3, 5)
     assert out.isfinite().all()
@@ -101,7 +117,17 @@ def test_sample_depends_on_itself_only(kind, spiking):
 def test_every_layer_fires_in_the_tests(kind):
     net = settled(make(kind))
     found = rates(net, inputs(net, 16))
-    assert len(found) == {"convnet": 3, "vgg5": 5, "vgg11": 10, "wide_resnet": 7}.get(kind, 2)
+    layers = {
+        "convnet": 3,
+        "vgg5": 5,
+        "vgg11": 10,
+        "vgg_dvs": 8,
+        "frames": 3,
+        "wide_resnet": 7,
+        "sew18": 20,
+        "sew19": 20,
+    }
+    assert len(found) == layers.get(kind, 2)
     assert all(0.02 < rate < 0.9 for rate in found), found
 
 
@@ -146,6 +172,9 @@ class Stepper:
         self.spikes[layer] = spikes
         return spikes
 
+    def sew_block(self, block, x):
+        return self.layers(block.body, x) + (x if block.skip is None else self.layers(block.skip, x))
+
     def block(self, block, x):
         active = self.layers(block.enter, x)
         skip = x if block.skip is None else block.skip(active)
@@ -159,11 +188,16 @@ def test_folding_time_equals_stepping_over_time(kind):
     stepper, logits = Stepper(), []
     with torch.no_grad():
         for step in range(net.time_steps):
-            now = x[:, step] if kind in ("mlp", "recurrent") else (x - net.mean) / net.std
+            now = x[:, step] if kind in (*RASTERS, *FRAMES) else (x - net.mean) / net.std
             if kind == "wide_resnet":
                 now = net.stem(now)
                 for block in net.blocks:
                     now = stepper.block(block, now)
+                now = stepper.layers(net.tail, now)
+            elif kind.startswith("sew"):
+                now = stepper.layers(net.stem, now)
+                for block in net.blocks:
+                    now = stepper.sew_block(block, now)
                 now = stepper.layers(net.tail, now)
             else:
                 now = stepper.layers(net.features, now)
@@ -191,7 +225,8 @@ def test_sharing_the_first_layer_over_time_changes_nothing_but_the_running_varia
         torch.testing.assert_close(p.grad, q.grad, msg=name, rtol=1e-7, atol=1e-9)
 
     shared, folded = (next(m for m in n.modules() if isinstance(m, nn.BatchNorm2d)) for n in (net, plain))
-    n = 8 * 8 * 8
+    first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
+    n = 8 * first(x).shape[2] ** 2
     torch.testing.assert_close(shared.running_mean, folded.running_mean)
     variance = [(m.running_var - 0.9) / 0.1 for m in (shared, folded)]  # running_var starts at 1, momentum 0.1
     torch.testing.assert_close(variance[0], variance[1] * (3 * n - 1) / (3 * (n - 1)))
@@ -282,6 +317,8 @@ def test_fresh_networks_fire_in_training_mode(kind):
             "vgg5": lambda: VGG("vgg5", in_channels=1, input_size=8, head=(256, 256)),
             "vgg11": lambda: VGG("vgg11", in_channels=1, input_size=16, head=(256, 256)),
             "wide_resnet": lambda: WideResNet(in_channels=1, input_size=16, pool=4),
+            "sew18": lambda: SEWResNet(in_channels=1, input_size=33),
+            "sew19": lambda: SEWResNet("sew_resnet19", in_channels=1, input_size=8),
         }[kind]()
         found = rates(net.train(), inputs(net, 16))
     assert all(0.02 <= rate <= 0.5 for rate in found), found
@@ -326,12 +363,12 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("build", "message"),
         [
-            (lambda: VGG("vgg11", input_size=28), "vgg11 halves the image 3 times.*multiple of 8, got 28"),
-            (lambda: VGG("vgg16", input_size=8), "vgg16 halves the image 5 times.*multiple of 32, got 8"),
-            (lambda: VGG("vgg12"), "unknown VGG 'vgg12'; choose one of vgg5, vgg11, vgg13, vgg16"),
-            (lambda: VGG(head=()), r"head must list at least one width"),
+            (lambda: VGG("vgg11", input_size=7), "vgg11 halves the image 3 times.*at least 8, got 7"),
+            (lambda: VGG("vgg16", input_size=28), "vgg16 halves the image 5 times.*at least 32, got 28"),
+            (lambda: VGG("vgg12"), "unknown VGG 'vgg12'; choose one of vgg5, vgg11, vgg13, vgg16, vgg_dvs"),
+            (lambda: VGG(head=8), r"head must list at least one width"),
             (lambda: VGG(head=(0,)), r"head\[0\] must be an integer >= 1, got 0"),
-            (lambda: ConvNet(input_size=10), "2 stages halves the image 2 times.*multiple of 4, got 10"),
+            (lambda: ConvNet(input_size=3), "ConvNet halves the image 2 times.*at least 4, got 3"),
             (lambda: ConvNet(channels=()), "channels must list at least one width"),
             (lambda: ConvNet(channels=64), "channels must list at least one width"),
             (lambda: ConvNet(hidden=0), "hidden must be an integer >= 1, got 0"),
@@ -340,6 +377,9 @@ class TestBadInput:
             (lambda: ConvNet(input_size=0), "input_size must be an integer >= 1, got 0"),
             (lambda: ConvNet(time_steps=0), "time_steps must be an integer >= 1, got 0"),
             (lambda: ConvNet(time_steps=4, encoding=Direct(5)), "time_steps=4 but the encoding has time_steps=5"),
+            (lambda: ConvNet(time_steps=4, encoding=Frames(5)), "time_steps=4 but the encoding has time_steps=5"),
+            (lambda: ConvNet(encoding=Frames(5), mean=0.1), "frames of events are not normalised .* but mean=0.1"),
+            (lambda: ConvNet(encoding=Frames(5), std=0.5), "frames of events are not normalised .* std=0.5"),
             (lambda: ConvNet(std=0.0), "std must be above 0, got 0.0"),
             (lambda: ConvNet(mean=(0.1, 0.2)), "mean has 2 values for 1 channels"),
             (lambda: ConvNet(mean=float("nan")), "mean must be finite"),
@@ -347,9 +387,14 @@ class TestBadInput:
             (lambda: WideResNet(depth=18), r"depth must be 10, 16, 22, 28.*got 18"),
             (lambda: WideResNet(depth=4), r"depth must be 10, 16, 22, 28.*got 4"),
             (lambda: WideResNet(widen=0), "widen must be an integer >= 1, got 0"),
-            (lambda: WideResNet(input_size=8), "multiple of 32, got 8.*give pool=2"),
-            (lambda: WideResNet(input_size=30), "multiple of 32, got 30"),
+            (lambda: WideResNet(input_size=8), "maps of 2 x 2 of images of 8 x 8.*multiple of 32, or give pool=2"),
+            (lambda: WideResNet(input_size=34), "maps of 9 x 9 of images of 34 x 34.*give pool=9"),
             (lambda: WideResNet(pool=0), "pool must be an integer >= 1, got 0"),
+            (
+                lambda: SEWResNet("sew_resnet20"),
+                "unknown SEWResNet 'sew_resnet20'; choose one of sew_resnet18, sew_resnet19",
+            ),
+            (lambda: SEWResNet(input_size=0), "input_size must be an integer >= 1, got 0"),
             (lambda: SpikingMLP(0), "in_features must be an integer >= 1, got 0"),
             (lambda: SpikingMLP(hidden=()), "hidden must list at least one width"),
             (lambda: SpikingMLP(time_steps=0), "time_steps must be an integer >= 1, got 0"),
@@ -362,6 +407,31 @@ class TestBadInput:
     def test_neuron_of_another_kind(self):
         with pytest.raises(TypeError, match=r"neuron must be a LIF.*got ReLU"):
             ConvNet(neuron=nn.ReLU())
+
+
+@pytest.mark.parametrize(("given", "steps"), [({}, 4), ({"time_steps": 7}, 7)])
+def test_frames_take_their_number_from_the_network(given, steps):
+    net = ConvNet(encoding=Frames(), **given)
+    assert (net.time_steps, net.input_shape) == (steps, (steps, 1, 8, 8))
+    twin = ConvNet(encoding=Frames(), spiking=False, **given)
+    assert (twin.time_steps, twin.input_shape) == (1, (steps, 1, 8, 8))
+
+
+def test_twin_sees_the_sum_of_the_frames():
+    twin = make("frames", spiking=False).eval()
+    image = ConvNet(5, 2, 9, channels=(6, 8), hidden=12, spiking=False).eval()
+    image.load_state_dict(twin.state_dict())
+    x = inputs(twin, 3)
+    torch.testing.assert_close(twin(x), image(x.sum(1)))
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+def test_a_spike_moved_in_time_changes_the_output_of_the_network_but_not_of_its_twin(kind):
+    net, twin = settled(make(kind)), make(kind, spiking=False).eval()
+    x = inputs(net, 4)
+    moved = x.roll(1, dims=1)
+    assert (net(x) != net(moved)).any(1).all()
+    torch.testing.assert_close(twin(x), twin(moved))
 
 
 def test_readout_of_the_mlp():
@@ -414,6 +484,18 @@ def test_over_time_keeps_constant_sequences_constant():
             4,
         ),
         ({"class_path": "ConvNet", "init_args": {"encoding": None, "neuron": {"class_path": "LIF"}, "mean": 0}}, 4),
+        (
+            {
+                "class_path": "VGG",
+                "init_args": {
+                    "name": "vgg_dvs",
+                    "in_channels": 2,
+                    "time_steps": 3,
+                    "encoding": {"class_path": "sg_lightning.encoding.Frames"},
+                },
+            },
+            3,
+        ),
         ({"class_path": "WideResNet", "init_args": {"depth": 10, "widen": 1, "time_steps": 2}}, 2),
         ({"class_path": "SpikingMLP", "init_args": {"hidden": [5], "recurrent": True, "time_steps": 9}}, 9),
     ],
@@ -446,4 +528,12 @@ def test_own_backbone():
 
 
 def test_public_names():
-    assert set(backbones.__all__) == {"Backbone", "ConvNet", "VGG", "WideResNet", "SpikingMLP"}
+    assert set(backbones.__all__) == {
+        "Backbone",
+        "ConvNet",
+        "FusionNet",
+        "SEWResNet",
+        "SpikingMLP",
+        "VGG",
+        "WideResNet",
+    }

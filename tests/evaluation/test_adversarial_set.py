@@ -128,7 +128,9 @@ def test_dicts_of_tensors_are_kept_by_modality(tmp_path):
     x = {"image": torch.zeros(3, 2), "sound": torch.zeros(3, 4)}
     store.begin(x)
     moved = {"image": torch.ones(2, 2), "sound": torch.full((2, 4), 2.0)}
-    store.hold(suite.entries[0].threat, torch.tensor([0, 2]), moved, torch.tensor([True, False]))
+    store.hold(
+        suite.entries[0].threat, torch.tensor([0, 2]), moved, torch.tensor([True, False]), torch.tensor([True, False])
+    )
     store.commit([5, 6, 7])
     (path,) = (tmp_path / "adversarial").iterdir()
     part = torch.load(path)

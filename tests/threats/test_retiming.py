@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sg_lightning.domains import Binary, Box, Counts
 from sg_lightning.sampling import SampleGenerator
-from sg_lightning.threats import Budget, SpikeRetiming, make_threat
+from sg_lightning.threats import Budget, SpikeRetiming, make_threat, make_threats
 from sg_lightning.threats.trains import Packets, lines
 
 MEASURES = ["inf", "1", "0"]
@@ -212,7 +212,7 @@ def test_names_and_bad_settings():
         assert threat == SpikeRetiming(2, measure=measure)
         assert threat.with_eps(3).norm == f"retime_{measure}"
         assert threat.describe() == {"norm": f"retime_{measure}", "eps": "2", "domain": "Binary {0, 1}"}
-    assert [t.norm for t in Budget(eps=("1%", "2%"), headline="2%").threats("retime_1")] == ["retime_1"] * 2
+    assert [t.norm for t in make_threats("retime_1", {"retime_1": Budget(("1%", "2%"), "2%")})] == ["retime_1"] * 2
     for make, message in (
         (lambda: SpikeRetiming("2%"), "cannot be a share"),
         (lambda: SpikeRetiming(1.5), "whole number"),

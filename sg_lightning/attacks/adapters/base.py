@@ -124,13 +124,13 @@ class ForeignAttack(Attack):
         progress: Progress,
     ) -> None:
         clean, y = select(x, index), y[index]
-        shell = Shell(oracle, self.threat.domain, clean)  # type: ignore[arg-type]
+        shell = Shell(oracle, self.threat.domain, clean, index)  # type: ignore[arg-type]
         eps = self.threat.budget if self.threat.norm == "l0" else self.threat.budget / self.threat.domain.width
         seed = int(noise.keys.sum()) % 2**31
         with _undisturbed(self.package, seed):
             unit = self._perturb(algorithm, shell, y, eps, seed)
         point = self.threat.project(shell.found(unit.detach().float()), clean)
-        loss, wrong = value(oracle, point, y, "ce")
+        loss, wrong = value(oracle, point, y, "ce", index)
         steps = int(shell.gradients.max()) or -(-shell.forwards // len(index))
         done = int(progress.iterations[index].max())
         queries = -(-shell.forwards // len(index)) + 1

@@ -22,7 +22,8 @@ class Shell(nn.Module):
     Args:
         oracle: The model behind its oracle.
         domain: Legal values of the model's inputs, with two finite walls; the library's are [0, 1].
-        x: Clean inputs (B, ...) of the batch that is attacked; the library's have four axes.
+        x: Clean inputs (B, ...) that are attacked; the library's have four axes.
+        rows: Which samples of the batch these are, int64 (B,); ``None``: all, in order.
 
     Attributes:
         unit: What to hand to the library, contiguous float32 (B, C, H, W) in [0, 1].
@@ -33,9 +34,9 @@ class Shell(nn.Module):
             the whole batch; the oracle's own counts hold all.
     """
 
-    def __init__(self, oracle: Oracle, domain: Domain, x: Tensor) -> None:
+    def __init__(self, oracle: Oracle, domain: Domain, x: Tensor, rows: Tensor | None = None) -> None:
         super().__init__()
-        self.oracle, self.domain, self.clean = oracle, domain, x
+        self.oracle, self.domain, self.clean, self.rows = oracle, domain, x, rows
         # Libraries ask the first parameter for the device.
         self.anchor = nn.Parameter(torch.zeros((), device=x.device), requires_grad=False)
         self.unit = self._as_images(((x - domain.low) / domain.width).clamp(0.0, 1.0).float()).contiguous()
@@ -66,7 +67,7 @@ class Shell(nn.Module):
         self.forwards += len(unit)
         x = self.natural(unit)
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return self.oracle.logits(x).float()
+            return self.oracle.logits(x, self.rows).float()
         logits: Tensor = _Asked.apply(x, self)
         return logits.float()
 
@@ -76,7 +77,7 @@ class _Asked(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shell: Shell) -> Tensor:
-        logits, ctx.pull = shell.oracle.differentiable(x)
+        logits, ctx.pull = shell.oracle.differentiable(x, shell.rows)
         ctx.shell = shell
         return logits
 
