@@ -19,10 +19,12 @@ from sg_lightning.neurons.surrogates import Triangular
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("experiments/*.yaml"))
+STEPS = "--model.backbone.time_steps=2"
 SHRINK = {
-    "ConvNet": ["--model.backbone.channels=[4,4]", "--model.backbone.hidden=8"],
-    "VGG": ["--model.backbone.head=[8]"],
-    "WideResNet": ["--model.backbone.widen=1"],
+    "ConvNet": [STEPS, "--model.backbone.channels=[4,4]", "--model.backbone.hidden=8"],
+    "VGG": [STEPS, "--model.backbone.head=[8]"],
+    "WideResNet": [STEPS, "--model.backbone.widen=1"],
+    "FusionNet": ["--model.backbone.hidden=8"],
 }
 CPU = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false",
        "--trainer.enable_model_summary=false"]  # fmt: skip
@@ -61,7 +63,7 @@ def tiny_data(config):
     """Write a few images in the original files, and return the options that use them."""
     kind = config["data"]["class_path"].rsplit(".", 1)[-1]
     make = writers()
-    if kind == "Digits":
+    if kind in ("Digits", "MultimodalDigits"):
         return []
     if "MNIST" in kind:
         make.write_idx(Path("data"))
@@ -79,9 +81,9 @@ def test_every_file_says_what_it_is_for():
         assert max(map(len, path.read_text().splitlines())) <= 130, path
         if path.parent.name == "experiments":
             assert f"#   sg-lightning fit -c configs/experiments/{path.name}\n" in head[0]
-            measured = "Measured on .* seconds .*Accuracy on .* test digits: .* under suite basic "
+            measured = "Measured on .* seconds .*Accuracy on .* test digits: .* under suite (basic|quick) "
             unmeasured = "Accuracy and running time are not measured yet"
-            wanted = measured if path.stem.startswith("digits") else unmeasured
+            wanted = measured if "digits" in path.stem else unmeasured
             assert re.search(wanted, " ".join(head[0].split("\n# "))), path
 
 
@@ -90,7 +92,7 @@ def test_every_experiment_runs_one_step(name):
     config = content("experiments", name)
     size = SHRINK[config["model"]["init_args"]["backbone"]["class_path"].rsplit(".", 1)[-1]]
     cli = run(["fit", "-c", str(CONFIGS / f"experiments/{name}.yaml"), *tiny_data(config), *size, *CPU,
-               "--data.batch_size=2", "--model.backbone.time_steps=2", "--trainer.fast_dev_run=true"])  # fmt: skip
+               "--data.batch_size=2", "--trainer.fast_dev_run=true"])  # fmt: skip
     assert isinstance(cli.model, AdversarialClassifier) == ("_at" in name)
     kinds = [type(callback) for callback in cli.trainer.callbacks]
     assert (SparseGradient in kinds) == name.endswith("sr")
@@ -135,7 +137,7 @@ def test_cifar_experiments_have_the_settings_of_the_paper(name):
     cli = run(["fit", "-c", str(CONFIGS / f"experiments/{name}.yaml"), *CPU, "--data.download=false",
                "--trainer.fast_dev_run=true", "--data.batch_size=2", "--trainer.limit_train_batches=0",
                "--trainer.limit_val_batches=0",
-               *SHRINK["VGG" if "vgg" in name else "WideResNet"]])  # fmt: skip
+               *SHRINK["VGG" if "vgg" in name else "WideResNet"][1:]])  # fmt: skip
     net = cli.model.backbone
     assert (net.time_steps, net.encoding.constant, net.spiking) == (8, True, True)
     neurons = [module for module in net.modules() if isinstance(module, LIF)]
@@ -166,3 +168,30 @@ def test_rasters_run_through_a_recurrent_network():
     assert (net.num_classes, net.input_shape) == (5, (4, 6))
     assert net.features[1].recurrent is not None
     assert cli.trainer.global_step == 1
+
+
+def test_encoders_of_a_fusion_get_their_sizes_from_the_data(tmp_path):
+    cli = run(["fit", "-c", str(CONFIGS / "data/multimodal_digits.yaml"), "-c", str(CONFIGS / "model/fusion.yaml"), *CPU,
+               "--data.batch_size=4", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1",
+               "--trainer.num_sanity_val_steps=0"])  # fmt: skip
+    net = cli.model.backbone
+    assert net.input_shape == {"image": (1, 8, 8), "events": (6, 2, 16, 16), "audio": (50, 70)}
+    (config,) = Path().rglob("config.yaml")
+    assert (
+        yaml.safe_load(config.read_text())["model"]["init_args"]["backbone"]["init_args"]["sizes"]
+        == cli.datamodule.sizes
+    )
+    suite = tmp_path / "one.yaml"
+    suite.write_text("{eps: headline, norms: [flips, joint], attacks: [{attack: pgd, steps: 1}]}")
+    (weights,) = Path().rglob("best.ckpt")
+    again = run(["evaluate", "-c", str(config), "--ckpt_path", str(weights), f"--suite={suite}", "--max_samples=4"])
+    assert again.trainer.result.norms == ["events_flips", "audio_flips", "joint"]
+    for a, b in zip(again.model.backbone.parameters(), net.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_events_reach_an_image_network_as_frames():
+    cli = run(["fit", "-c", str(CONFIGS / "data/saccade_digits.yaml"), "-c", str(CONFIGS / "model/sew_resnet19.yaml"), *CPU,
+               "--model.backbone.encoding=sg_lightning.encoding.Frames", "--data.batch_size=2",
+               "--trainer.fast_dev_run=true"])  # fmt: skip
+    assert cli.model.backbone.input_shape == (6, 2, 16, 16)
