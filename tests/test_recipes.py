@@ -13,19 +13,22 @@ import torch
 from torch import nn
 
 from sg_lightning import recipes
-from sg_lightning.attacks import APGD, ASSG, BPTT, FGSM, HART, PGD, RFGSM, RandomNoise
+from sg_lightning.attacks import APGD, ASSG, BPTT, FGSM, HART, PGD, RFGSM, InTurn, OnModality, RandomNoise
 from sg_lightning.attacks.estimators import Mix
-from sg_lightning.backbones import VGG, ConvNet, SpikingMLP, WideResNet
+from sg_lightning.backbones import VGG, ConvNet, SEWResNet, SpikingMLP, WideResNet
 from sg_lightning.domains import Binary, Box, Counts, Domain
-from sg_lightning.encoding import Latency, Poisson
+from sg_lightning.encoding import Frames, Latency, Poisson
 from sg_lightning.neurons import LIF, LeakyIntegrator, RecurrentLIF, from_snntorch, surrogates
-from sg_lightning.threats import L0, L1, L2, EventFlips, Linf
+from sg_lightning.threats import L0, L1, L2, EventFlips, Linf, Modality
 from sg_lightning.threats.joint import Joint
 
 VALUES = [
     Domain(0.0, 2.0), Box(-1, 1), Counts(), Counts(5), Binary(), *[make() for make in surrogates.SURROGATES.values()],
     surrogates.Atan(3.5), Linf("8/255"), Linf(0.1, Box(0, 2)), L2(0.5), L1("12"), L0(3), EventFlips(2, mode="add"),
     Joint({"image": Linf("1/255"), "events": EventFlips(3, Counts())}),
+    Joint({"image": Linf("1/255"), "events": L0(3)}, "1/2", "joint_both"), Modality("audio", EventFlips("2%")),
+    OnModality(Modality("audio", EventFlips("2%")), PGD(EventFlips(1), steps=3, estimator=HART())),
+    InTurn(Joint({"a": Linf(0.1), "b": L2(0.5)}), (PGD(Linf(0.1)), APGD(L2(0.1), estimator=ASSG())), rounds=3),
     FGSM(L2(1.0), loss="margin"), RFGSM(Linf(0.1), alpha="1/255"), PGD(L0(2), steps=3, restarts=2), RandomNoise(L1(2.0)),
     PGD(Linf(0.1), estimator=Mix((HART(0.5), BPTT(surrogates.Atan(3.0))))), APGD(L2(0.5), estimator=ASSG(a=0.3)),
 ]  # fmt: skip
@@ -34,6 +37,7 @@ NETWORKS = [
     ConvNet(3, 2, channels=[4], time_steps=2, mean=(0.1, 0.2), std=np.float64(0.5)),
     VGG("vgg5", 7, 1, 4, head=(6,), encoding=Latency(3), neuron=LIF(beta=0.5, learn_beta=True, reset="subtract")),
     WideResNet(10, 1, 5, input_size=8, pool=2, time_steps=1, spiking=False),
+    SEWResNet("sew_resnet19", 3, 2, 4, encoding=Frames(), time_steps=2),
     SpikingMLP(6, (4, 3), 5, time_steps=4, recurrent=True, readout=LeakyIntegrator(0.8, readout="max")),
 ]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sg_lightning.attacks.estimators import Estimator, Memory
 from sg_lightning.attacks.folding import folded
 from sg_lightning.attacks.losses import Loss
+from sg_lightning.attacks.rest import Rest
 from sg_lightning.attacks.room import Room, rounded_up
 from sg_lightning.inputs import Input, apply, batch_size, device_of, rebuild, tensors
 
@@ -56,33 +57,6 @@ class Gradient:
     grad: Input
     invalid: Tensor
     zero: Tensor
-
-
-@dataclass(frozen=True)
-class Rest:
-    """What an attack on one modality leaves alone: the other modalities of its batch.
-
-    Attributes:
-        modality: The attacked one.
-        fixed: The whole batch, by modality.
-    """
-
-    modality: str
-    fixed: dict[str, Tensor]
-
-    def check(self, x: Tensor, rows: Tensor | None) -> None:
-        """Raise ``RuntimeError`` if an attack asks about some samples and does not say which."""
-        if len(x) != (batch_size(self.fixed) if rows is None else len(rows)):
-            raise RuntimeError(
-                f"{len(x)} points of {self.modality!r} belong to a batch of {batch_size(self.fixed)} samples, but to which "
-                "is not said: attacks must give rows= with each question to their oracle"
-            )
-
-    def completed(self, x: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
-        """Return the model's input for the points ``x`` of the samples ``rows`` of the batch; ``None``: all, in order."""
-        self.check(x, rows)
-        others = self.fixed if rows is None else {key: part[rows] for key, part in self.fixed.items()}
-        return {**others, self.modality: x}
 
 
 @dataclass
