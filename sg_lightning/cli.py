@@ -31,7 +31,7 @@ from sg_lightning.recipes import accepted, look_up
 from sg_lightning.trainer import RobustTrainer
 
 # What the data may know about the network; where they do not, or the network has no such argument, it is left alone.
-LINKED = ("num_classes", "in_channels", "input_size", "mean", "std", "in_features", "time_steps", "values")
+LINKED = ("num_classes", "in_channels", "input_size", "mean", "std", "in_features", "time_steps", "values", "sizes")
 TITLES = {
     "trainer": "how to train: Lightning's Trainer",
     "model": "what to train: the module, with its backbone, optimiser and attack",
