@@ -27,7 +27,7 @@ AUDIO_BUDGETS: Budgets = {
     "flips": Budget(
         ("0.5%", "1%", "2%", "5%"),
         "1%",
-        "One spike in a hundred appears or vanishes: less than two voices of a word differ.",
+        "One spike in a hundred appears or vanishes.",
     ),
     "retime_inf": Budget((1, 2, 3), 1, "The least there is: every spike may move by one time bin."),
     "retime_0": Budget(
