@@ -20,8 +20,10 @@ class SpokenDigits(RasterData):
 
     The digits 0 to 9 in English and German, spoken by voices of the synthesiser espeak-ng at various rates and pitches and
     turned into spikes by :class:`~sg_lightning.cochlea.Cochlea`. The label is the digit, whatever the language. The test
-    voices are never heard in training, and whole voices validate. Synthetic voices differ less than people do: figures
-    say nothing about recordings of speech, for which there is :class:`SHD`.
+    voices are never heard in training, and whole voices validate. Twelve voices that networks trained on the others could
+    not follow were left out of training and test alike, so the test voices are easier than voices drawn at random.
+    Synthetic voices differ less than people do: figures say nothing about recordings of speech, for which there is
+    :class:`SHD`.
 
     Args:
         batch_size: Utterances per batch, at least 1.
