@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sg_lightning.callbacks import RobustnessEvaluation, SparseGradient
 from sg_lightning.cli import main, run
+from sg_lightning.domains import Counts
 from sg_lightning.modules import AdversarialClassifier
 from sg_lightning.neurons import LIF
 from sg_lightning.neurons.surrogates import Triangular
@@ -24,6 +25,7 @@ SHRINK = {
     "ConvNet": [STEPS, "--model.backbone.channels=[4,4]", "--model.backbone.hidden=8"],
     "VGG": [STEPS, "--model.backbone.head=[8]"],
     "WideResNet": [STEPS, "--model.backbone.widen=1"],
+    "SpikingMLP": ["--data.time_steps=2", "--model.backbone.hidden=[8]"],
     "FusionNet": ["--model.backbone.hidden=8"],
 }
 CPU = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false",
@@ -63,7 +65,7 @@ def tiny_data(config):
     """Write a few images in the original files, and return the options that use them."""
     kind = config["data"]["class_path"].rsplit(".", 1)[-1]
     make = writers()
-    if kind in ("Digits", "MultimodalDigits"):
+    if kind in ("Digits", "MultimodalDigits", "SpokenDigits"):
         return []
     if "MNIST" in kind:
         make.write_idx(Path("data"))
@@ -159,6 +161,43 @@ def test_cifar_experiments_have_the_settings_of_the_paper(name):
     penalties = [c for c in cli.trainer.callbacks if isinstance(c, SparseGradient)]
     for penalty in penalties:
         assert penalty.penalty == SparseGradient(1.0).penalty  # the official code's
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "least"), [("vanilla", 0.9), ("sr", 0.85)])
+def test_spoken_digits_are_learned(name, least):
+    cli = run(["fit", "-c", str(CONFIGS / f"experiments/spoken_digits_spiking_mlp_{name}.yaml"), *CPU])
+    assert cli.trainer.callback_metrics["val/acc"] > least
+
+
+def test_sizes_of_rasters_come_from_the_data_and_are_printed_and_saved_where_they_do_not(capsys):
+    words = ["-c", str(CONFIGS / "model/spiking_mlp.yaml"), "--model.backbone.hidden=[8]", *CPU]
+    data = [
+        "--data=SpokenDigits",
+        "--data.time_steps=12",
+        "--data.group=7",
+        "--data.values=counts",
+        "--data.batch_size=2",
+    ]
+    once = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+    net = run(["fit", *words, *data, *once]).model.backbone
+    assert (net.num_classes, net.input_shape, net.domain) == (10, (12, 20), Counts())
+    saved = yaml.safe_load(Path("lightning_logs/version_0/config.yaml").read_text())["model"]["init_args"]["backbone"]
+    found = {name: saved["init_args"][name] for name in ("in_features", "time_steps", "values", "num_classes")}
+    assert found == {"in_features": 20, "time_steps": 12, "values": "counts", "num_classes": 10}
+    capsys.readouterr()
+    images = [
+        "-c",
+        str(CONFIGS / "data/digits.yaml"),
+        "-c",
+        str(CONFIGS / "model/convnet.yaml"),
+        "--model.backbone.time_steps=3",
+    ]
+    for given, wanted in ((data, {}), (images, {"time_steps": 3})):
+        with pytest.raises(SystemExit):
+            run(["fit", *(given if given is images else [*words, *given]), "--print_config"])
+        printed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["backbone"]["init_args"]
+        assert {name: printed[name] for name in ("in_features", "time_steps", "values") if name in printed} == wanted
 
 
 def test_rasters_run_through_a_recurrent_network():

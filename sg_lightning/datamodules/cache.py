@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ def cached(
     samples = build()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=folder))
+        part = folder / f".{entry.name}.{uuid.uuid4().hex}"
+        part.mkdir()  # not tempfile: its folders are for their owner only, data folders are shared
         try:
             _save(samples, part, content)
             shutil.rmtree(entry, ignore_errors=True)  # one that could not be read

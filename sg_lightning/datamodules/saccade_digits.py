@@ -58,7 +58,7 @@ class SaccadeDigits(EventData):
         "flips": Budget(
             eps=("1%", "2%", "5%"),
             headline="5%",
-            reason="As many events as the camera adds by itself as noise: 77 of the 1,560 of a recording. FLIPS % of the "
+            reason="As many events as the camera adds by itself as noise: 77 of the 1,560 of a recording. About 40 % of the "
             "validation digits survive in a vanilla ConvNet, all but a few the same number of random changes.",
         ),
         "retime_inf": Budget(

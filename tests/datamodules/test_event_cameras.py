@@ -12,7 +12,9 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from sg_lightning import datamodules
 from sg_lightning.attacks import PGD, Oracle
 from sg_lightning.datamodules import CIFAR10DVS, NMNIST, DVSGesture, NCaltech101, event_cameras
 from sg_lightning.datamodules.neuromorphic import NDA
@@ -58,7 +60,7 @@ def files(kind, count=60):
 
 
 def made(kind, folder, **options):
-    data = kind(folder, **{"batch_size": 4, "val_fraction": 0.25, "download": False, **options})
+    data = kind(**{"data_dir": folder, "batch_size": 4, "val_fraction": 0.25, "download": False, **options})
     data.prepare_data()
     data.setup("fit")
     return data
@@ -434,3 +436,21 @@ def test_without_the_package_the_cure_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tonic.datasets", None)
     with pytest.raises(ImportError, match=r"needs tonic: pip install 'sg-lightning\[events\]'"):
         NMNIST(tmp_path).prepare_data()
+
+
+# --- configs ---
+
+
+@pytest.mark.parametrize("name", ["nmnist", "dvs_gesture", "cifar10_dvs", "n_caltech101", "saccade_digits"])
+def test_every_config_makes_its_data(tmp_path, name):
+    config = yaml.safe_load((Path(__file__).parents[2] / f"configs/data/{name}.yaml").read_text())["data"]
+    kind = getattr(datamodules, config["class_path"].rsplit(".", 1)[-1])
+    options = config["init_args"]
+    if name == "saccade_digits":
+        data = kind(**options)
+    else:
+        write.put(tmp_path, files(kind))
+        data = made(kind, tmp_path, **{**options, "data_dir": tmp_path, "val_fraction": 0.25})
+    x, _ = next(iter(data.test_dataloader()))
+    assert x.shape[1:] == data.input_shape == (options["time_steps"], 2, data.input_size, data.input_size)
+    assert data.input_size == options.get("size", data.input_size)
