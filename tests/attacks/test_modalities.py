@@ -146,6 +146,15 @@ def test_shell_of_foreign_libraries_knows_its_samples():
     torch.testing.assert_close(grad.view(2, *SHAPE).double(), whole.grad["eye"][rows], rtol=1e-5, atol=1e-6)
 
 
+def test_foreign_libraries_that_ask_about_other_points_are_refused():
+    x, _ = problem(Linf(0.1))
+    shell = Shell(Oracle(NET).seeing("eye", x), Box(), x["eye"], None)
+    with pytest.raises(ValueError, match="the library sends 12 points for 6 samples"):
+        shell(torch.cat([shell.unit, shell.unit]))
+    alone = OneInput(NET, "eye", {"ear": x["ear"][:1]})
+    assert Shell(Oracle(alone), Box(), x["eye"])(torch.cat([shell.unit, shell.unit])).shape == (12, 3)
+
+
 def test_estimators_and_substitutes_go_through():
     x, y = problem(Linf(0.1))
     noise = SampleGenerator.from_ids(1, list(range(N)))

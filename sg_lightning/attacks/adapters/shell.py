@@ -62,12 +62,27 @@ class Shell(nn.Module):
         moved = ((unit != self.unit) & finite).view(self.clean.shape)
         return torch.where(moved, self.natural(torch.where(finite, unit, self.unit)), self.clean)
 
+    def asked(self, x: Tensor) -> Tensor | None:
+        """Return which samples of the batch a library asks about, ``None`` where the model does not need to know.
+
+        Raises:
+            ValueError: if it does, and the library sends other than one point for each sample it was given.
+        """
+        if self.oracle.rest is None:
+            return None
+        if len(x) != len(self.clean):
+            raise ValueError(
+                f"the library sends {len(x)} points for {len(self.clean)} samples, so which other modalities belong to a "
+                "point is not known: on dictionary inputs use its other algorithms, or an attack of sg_lightning"
+            )
+        return self.rows
+
     def forward(self, unit: Tensor) -> Tensor:
         """Return logits (B, K), float32; they may be differentiated with respect to ``unit``."""
         self.forwards += len(unit)
         x = self.natural(unit)
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return self.oracle.logits(x, self.rows).float()
+            return self.oracle.logits(x, self.asked(x)).float()
         logits: Tensor = _Asked.apply(x, self)
         return logits.float()
 
@@ -77,7 +92,7 @@ class _Asked(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shell: Shell) -> Tensor:
-        logits, ctx.pull = shell.oracle.differentiable(x, shell.rows)
+        logits, ctx.pull = shell.oracle.differentiable(x, shell.asked(x))
         ctx.shell = shell
         return logits
 
