@@ -24,7 +24,7 @@ from sg_lightning.neurons.base import Dynamics
 from sg_lightning.neurons.eager import Gradients, Needs, carried, reduced
 from sg_lightning.neurons.surrogates import Surrogate, of_code
 
-_CHUNK = 12  # steps: longer bodies compile for longer and do not fit the registers
+_CHUNK = 16  # steps: longer bodies compile for longer and do not fit the registers
 _log = logging.getLogger(__name__)
 
 broken = ""  # why compiled code cannot be used in this process, if so

@@ -34,8 +34,8 @@ def simulate(
     # Neurons are independent, so any dense layout (channels-last too) is a matrix (T, N) without a copy.
     strides = x.stride()
     order = [0, *sorted(range(1, x.dim()), key=lambda axis: strides[axis], reverse=True)]
-    inverse = [order.index(axis) for axis in range(x.dim())]
-    rows = x.permute(order)
+    moved = order != list(range(x.dim()))
+    rows = x.permute(order) if moved else x
 
     def per_neuron(p: Tensor) -> Tensor:
         p = p.to(compute_dtype(x))
@@ -44,9 +44,13 @@ def simulate(
         shape = (1, -1) + (1,) * (x.dim() - 3)
         return p.view(shape).expand(x.shape[1:]).permute([axis - 1 for axis in order[1:]]).reshape(-1)
 
-    flat, beta, theta = rows.reshape(x.shape[0], -1), per_neuron(beta), per_neuron(theta)
+    def restore(y: Tensor) -> Tensor:
+        y = y if rows.dim() == 2 else y.view(rows.shape)
+        return y.permute([order.index(axis) for axis in range(x.dim())]) if moved else y
+
+    flat = rows if rows.dim() == 2 else rows.reshape(x.shape[0], -1)
+    beta, theta = per_neuron(beta), per_neuron(theta)
     graded = torch.is_grad_enabled() and (flat.requires_grad or beta.requires_grad or theta.requires_grad)
     keep = membrane or graded
     s, u = operators.lif(flat, beta, theta, dynamics.code, rule.code, keep, paths.wanted())
-    s = s.view(rows.shape).permute(inverse)
-    return s, u.view(rows.shape).permute(inverse) if keep else None
+    return restore(s), restore(u) if keep else None
