@@ -220,8 +220,8 @@ def table(results: dict[str, Any]) -> str:
     units = ", ".join(f"{name} {value:.2f}" for name, value in kept.items())
     foot = (
         f"Kept for the backward pass, in units of the input in float32 ({rows[0]['steps']} steps): {units}. Spikes of "
-        f"eager and compiled are those of snnTorch to the bit in all rows; spikingjelly, which leaks by a division and "
-        f"fires at equality: {flips} flips. Seconds to compile forward + backward without any cache (the first starts the "
+        f"eager and compiled are those of snnTorch to the bit in all rows; spikingjelly, which fires at equality: "
+        f"{flips} flips, at ties of coarse inputs. Seconds to compile forward + backward without any cache (the first starts the "
         f"compiler, too): {compiled}."
     )
     return "\n".join([*lines, "", foot]) + "\n"

@@ -52,5 +52,5 @@ def simulate(
     beta, theta = per_neuron(beta), per_neuron(theta)
     graded = torch.is_grad_enabled() and (flat.requires_grad or beta.requires_grad or theta.requires_grad)
     keep = membrane or graded
-    s, u = operators.lif(flat, beta, theta, dynamics.code, rule.code, keep, paths.wanted())
+    s, u = operators.run(flat, beta, theta, dynamics.code, rule.code, keep, paths.wanted())
     return restore(s), restore(u) if keep else None

@@ -32,10 +32,8 @@ from sg_lightning.neurons.surrogates import Surrogate
 Path = Literal["auto", "reference", "eager", "compiled", "triton"]
 
 VARIABLE = "SG_LIGHTNING_NEURONS"
-LEAST = (
-    64  # neurons: fewer are never compiled, since sizes 0 and 1 are special to torch.compile, and T may not look like N
-)
-_LARGE = 131_072  # neurons times steps: below, calling compiled code costs as much as the work
+LEAST = 64  # neurons: fewer are never compiled; sizes 0 and 1 are special to torch.compile, and N must differ from T
+_LARGE = 262_144  # neurons times steps: below, calling compiled code costs more than it saves
 _PATIENCE = 10_000_000_000  # neurons times steps that eager code does in about the time that compiling takes
 
 
@@ -107,6 +105,8 @@ def choose(path: str, like: Tensor, kind: Hashable) -> Choice:
     device, size = like.device.type, like.shape[1]
     if path == "eager":
         return Choice("eager", "asked for")
+    if path == "reference":  # the readable loop is not inside the operator
+        return Choice("eager", "reference was asked for, but only LIF and RecurrentLIF have it")
     if path == "triton":
         problem = _without_triton(device)
         if problem:

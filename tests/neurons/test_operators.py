@@ -43,6 +43,17 @@ def test_opcheck(dynamics, dtype, rule):
         opcheck(operators.lif_double_backward, (w, None, v, g.detach(), None, *fixed, *last))
 
 
+def test_operator_and_direct_call_are_one():
+    x, beta, theta = (t.requires_grad_() for t in (currents(5, 7), torch.rand(7), torch.rand(7) + 0.5))
+    found = []
+    for call in (operators.lif, operators.run):
+        s, u = call(x, beta, theta, "subtract+reset_delay", Atan(2.0).code, True, "eager")
+        first = torch.autograd.grad((s + u).square().sum(), [x, beta, theta], create_graph=True)
+        found.append([s, u, *first, *torch.autograd.grad(sum(t.square().sum() for t in first), [x, beta, theta])])
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_membranes_that_were_not_kept_are_an_error():
     x = currents(5, 7).requires_grad_()
     s, u = operators.lif(x, torch.tensor(0.8), torch.tensor(0.9), "zero", Atan(2.0).code, False, "auto")
