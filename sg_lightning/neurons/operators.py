@@ -12,6 +12,7 @@ calls the same functions through an autograd function, and takes the operators o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -179,8 +180,8 @@ def _pull_back_lif(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple[Tensor
         if not rule.smooth:
             u, theta = _Rough.apply(u, rule), _Rough.apply(theta, rule)
     # Under create_graph its gradient is wanted, which the operator knows.
-    run = _backward if ctx.direct and not torch.is_grad_enabled() else lif_backward
-    found = run(g, h, u, beta, theta, ctx.dynamics, ctx.rule, *need, ctx.dtype, ctx.path)
+    pull: Callable[..., Any] = _backward if ctx.direct and not torch.is_grad_enabled() else lif_backward
+    found = pull(g, h, u, beta, theta, ctx.dynamics, ctx.rule, *need, ctx.dtype, ctx.path)
     return (*(t if n else None for t, n in zip(found, need, strict=True)), *(None,) * 4)
 
 
