@@ -54,7 +54,8 @@ class Task:
         attack: Makes the inputs of adversarial training.
         epochs: Passes over the training set.
         lr: Learning rate of AdamW at the start; cosine to 0.
-        penalty: Weights of the sparse-gradient penalty, alone and with adversarial training.
+        penalty: Weights of the sparse-gradient penalty, alone and with adversarial training. That of events, sound and
+            fusion was the best of 0.0003, 0.003 (events: 0.02 too, sound: 0.00003) under PGD-10 on 48 validation samples.
         samples: Test samples that are attacked.
         norms: Which of the set's budgets; none: all.
     """
@@ -90,15 +91,17 @@ IMAGE, EVENTS, AUDIO = Linf("2/16"), EventFlips("5%", domain=Counts()), EventFli
 TASKS = {
     "digits": Task("image: Digits, ConvNet 32-64", Digits, image_net, lambda: PGD(IMAGE, steps=5), 15, 5e-3),
     "saccade_digits": Task(
-        "events: SaccadeDigits (stand-in), ConvNet 32-64", SaccadeDigits, event_net, lambda: PGD(EVENTS, steps=3), 12, 5e-3
+        "events: SaccadeDigits (stand-in), ConvNet 32-64", SaccadeDigits, event_net, lambda: PGD(EVENTS, steps=3), 12, 5e-3,
+        penalty=(0.003, 0.001),
     ),
     "spoken_digits": Task(
-        "sound: SpokenDigits (stand-in), SpikingMLP 256", SpokenDigits, audio_net, lambda: PGD(AUDIO, steps=3), 20, 3e-3
+        "sound: SpokenDigits (stand-in), SpikingMLP 256", SpokenDigits, audio_net, lambda: PGD(AUDIO, steps=3), 20, 3e-3,
+        penalty=(0.003, 0.001),
     ),
     "multimodal_digits": Task(
         "fusion: MultimodalDigits, gated FusionNet", MultimodalDigits,
         lambda: FusionNet({"image": image_net(), "events": event_net(), "audio": audio_net()}, fusion="gated"),
-        lambda: PGD(Joint({"image": IMAGE, "events": EVENTS, "audio": AUDIO}), steps=3), 10, 3e-3, samples=48,
+        lambda: PGD(Joint({"image": IMAGE, "events": EVENTS, "audio": AUDIO}), steps=3), 10, 3e-3, samples=48, penalty=(0.003, 0.001),
         norms=("image_linf", "events_flips", "events_retime_inf", "audio_flips", "audio_retime_inf", "joint"),
     ),
 }  # fmt: skip

@@ -5,6 +5,7 @@ from sg_lightning.neurons.adaptive import ALIF
 from sg_lightning.neurons.base import SpikingNeuron
 from sg_lightning.neurons.integrator import LeakyIntegrator
 from sg_lightning.neurons.lif import LIF, RecurrentLIF
+from sg_lightning.neurons.paths import use_path
 from sg_lightning.neurons.rules import BackwardRule, SlopeRule, Trace
 from sg_lightning.neurons.snntorch_bridge import from_snntorch
 from sg_lightning.neurons.snntorch_fusion import fuse_snntorch
@@ -23,4 +24,5 @@ __all__ = [
     "from_snntorch",
     "fuse_snntorch",
     "surrogates",
+    "use_path",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
@@ -21,7 +22,13 @@ Reset = Literal["zero", "subtract", "none"]
 
 @dataclass(frozen=True)
 class Dynamics:
-    """How a neuron fires and resets; the fields are those of :class:`~sg_lightning.neurons.LIF`."""
+    """How a neuron fires and resets; the fields are those of :class:`~sg_lightning.neurons.LIF`.
+
+    Attributes:
+        code: The same as a string, e.g. ``"subtract+reset_delay"``, for operators, which take plain values only.
+    """
+
+    code: ClassVar[str]
 
     reset: Reset = "zero"
     reset_delay: bool = False
@@ -31,6 +38,16 @@ class Dynamics:
     def __post_init__(self) -> None:
         if self.reset not in get_args(Reset):
             raise ValueError(f"unknown reset {self.reset!r}; choose one of {', '.join(get_args(Reset))}")
+        flags = [field.name for field in fields(self)[1:] if getattr(self, field.name)]
+        # Not a property: torch.compile reads a string that is there.
+        object.__setattr__(self, "code", "+".join([self.reset, *flags]))
+
+    @staticmethod
+    @functools.cache
+    def of_code(code: str) -> Dynamics:
+        """Return the dynamics of a ``code``."""
+        reset, *flags = code.split("+")
+        return Dynamics(reset, **dict.fromkeys(flags, True))  # type: ignore[arg-type]
 
     @property
     def subtracts_late(self) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
-from sg_lightning.neurons.base import check_sequence, checked_parameter, compute_dtype
+from sg_lightning.neurons import fused
+from sg_lightning.neurons.base import Dynamics, check_sequence, checked_parameter, compute_dtype
+from sg_lightning.neurons.surrogates import Atan
 from sg_lightning.recipes import Recorded
 
 Readout = Literal["mean", "last", "max", "sum"]
@@ -54,19 +55,15 @@ class LeakyIntegrator(Recorded, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the readout (B, K) of the currents ``x`` (T, B, K)."""
         check_sequence(x, "LeakyIntegrator", rank=3)
-        dtype = compute_dtype(x)
-        beta = self.beta.to(dtype).clamp(0, 1)
-        v = torch.zeros_like(x[0], dtype=dtype)
-        membranes = []
-        for x_t in x.unbind(0):
-            v = beta * v + x_t
-            membranes.append(v)
+        # The membranes of neurons whose spikes change nothing.
+        level = x.new_ones((), dtype=compute_dtype(x))
+        _, v = fused.simulate(x, self.beta.clamp(0, 1), level, Dynamics("none"), Atan(), membrane=True)
+        assert v is not None
         if self.readout == "last":
-            return v.to(x.dtype)
-        stacked = torch.stack(membranes)
+            return v[-1].to(x.dtype)
         if self.readout == "max":
-            return stacked.amax(0).to(x.dtype)
-        return (stacked.mean(0) if self.readout == "mean" else stacked.sum(0)).to(x.dtype)
+            return v.amax(0).to(x.dtype)
+        return (v.mean(0) if self.readout == "mean" else v.sum(0)).to(x.dtype)
 
     def extra_repr(self) -> str:  # noqa: D102
         learned = ", learned" if isinstance(self.beta, nn.Parameter) else ""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sg_lightning.neurons import fused, reference, rules
+from sg_lightning.neurons import fused, paths, reference, rules
 from sg_lightning.neurons.base import (
     Dynamics,
     Reset,
@@ -128,7 +128,8 @@ class LIF(_LeakyFire):
         learn_beta: Whether beta is a trained parameter.
         learn_threshold: Whether the threshold is a trained parameter.
         channels: Number of channels, to repeat scalars and so learn one value for each; checked against vectors.
-        backend: ``"fused"`` (fast) or ``"reference"`` (readable); equal spikes, gradients equal up to rounding.
+        backend: ``"fused"`` (fast, by a path that :class:`~sg_lightning.neurons.use_path` chooses) or ``"reference"``
+            (readable); equal spikes, gradients equal up to rounding.
 
     Shape:
         - Input: (T, B, ...), any floating dtype; channels are axis 2.
@@ -173,17 +174,17 @@ class LIF(_LeakyFire):
         self._check(x)
         if isinstance(self.attack_rule, BackwardRule) and torch.is_grad_enabled() and x.requires_grad:
             return rules.simulate(self, x, self._leak(), self.threshold, self.dynamics, self.attack_rule)
-        if self.backend == "fused":
-            return fused.simulate(x, self._leak(), self.threshold, self.dynamics, self.gradient_rule)[0]
-        beta, theta = self._broadcast(x)
-        return reference.simulate(x, beta, theta, self.dynamics, self.gradient_rule)[0]
+        if self._readable(self.gradient_rule):
+            beta, theta = self._broadcast(x)
+            return reference.simulate(x, beta, theta, self.dynamics, self.gradient_rule)[0]
+        return fused.simulate(x, self._leak(), self.threshold, self.dynamics, self.gradient_rule)[0]
 
     def forward_membrane(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return spikes and the membranes u that were compared with the threshold, both (T, B, ...)."""
         self._check(x)
         beta, theta = self._broadcast(x)
         rule = self._rule_of_steps(x, beta, theta)
-        if self.backend == "reference" or not isinstance(rule, Surrogate):
+        if not isinstance(rule, Surrogate) or self._readable(rule):
             return reference.simulate(x, beta, theta, self.dynamics, rule)[:2]
         spikes, membrane = fused.simulate(x, self._leak(), self.threshold, self.dynamics, rule, membrane=True)
         assert membrane is not None
@@ -207,9 +208,29 @@ class LIF(_LeakyFire):
         spikes, _, state = reference.simulate(x, beta, theta, self.dynamics, self.gradient_rule, state=state)
         return spikes, state
 
+    def path(self, x: Tensor) -> paths.Choice:
+        """Say which path a forward pass with input ``x`` (T, B, ...) takes now, and why."""
+        self._check(x)
+        if isinstance(self.attack_rule, BackwardRule) and torch.is_grad_enabled() and x.requires_grad:
+            why = f"its forward pass; the backward pass is that of {type(self.attack_rule).__name__}"
+        elif self._readable(self.gradient_rule):
+            why = "asked for" if self.gradient_rule.code else f"{self.gradient_rule!r} is no dataclass of numbers"
+            return paths.Choice("reference", why)
+        else:
+            why = ""
+        found = fused.path(x, self.dynamics, keep=torch.is_grad_enabled() and self._is_graded(x))
+        return paths.Choice(found.path, f"{found.why}; {why}" if why else found.why)
+
     def clone(self) -> LIF:
         """Return a separate neuron with the same settings and values."""
         return copy.deepcopy(self)
+
+    def _readable(self, rule: Surrogate) -> bool:
+        """Whether the loop of the reference runs: asked for, or the surrogate cannot be handed to an operator."""
+        return self.backend == "reference" or paths.wanted() == "reference" or not rule.code
+
+    def _is_graded(self, x: Tensor) -> bool:
+        return x.requires_grad or self.beta.requires_grad or self.threshold.requires_grad
 
 
 class RecurrentLIF(_LeakyFire):

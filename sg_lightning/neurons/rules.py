@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from sg_lightning.neurons import fused
+from sg_lightning.neurons import eager, fused
 from sg_lightning.neurons.base import Dynamics
 from sg_lightning.neurons.surrogates import Surrogate
 
@@ -80,7 +80,7 @@ class SlopeRule(BackwardRule):
     def pullback(self, trace: Trace) -> Pullback:
         """Return the reverse scan over time with these slopes."""
         phi = self.slopes(trace.neuron, trace.membranes - trace.threshold)
-        factor = fused.carry_factor(trace.membranes, phi, trace.beta, trace.threshold, trace.dynamics).expand_as(phi)
+        factor = eager.carry_factor(trace.membranes, phi, trace.beta, trace.threshold, trace.dynamics).expand_as(phi)
 
         def pull(grad: Tensor) -> Tensor:
             d = phi * grad

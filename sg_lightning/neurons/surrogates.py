@@ -23,12 +23,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sg_lightning.recipes import Storable
+
+_BY_CODE: dict[str, Surrogate] = {}
+
+
+def of_code(code: str) -> Surrogate:
+    """Return the surrogate whose ``code`` this is."""
+    return _BY_CODE[code]
 
 
 @Storable.register
@@ -36,9 +43,14 @@ class Surrogate:
     """Base of all surrogate gradients; immutable, elementwise, compared by value.
 
     Not a dataclass itself: jsonargparse, which reads the configs, accepts no subclasses for a dataclass type.
+
+    Attributes:
+        code: The class and its numbers as a string, for operators, which take plain values only; empty if the subclass
+            is no dataclass of numbers, which keeps it from the fast paths of the neurons.
     """
 
     name: ClassVar[str]
+    code: str = ""
 
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]
@@ -50,6 +62,26 @@ class Surrogate:
             if isinstance(value, bool) or not 0.0 < number < math.inf:
                 raise ValueError(f"{type(self).__name__}: {field.name} must be a finite number above 0, got {value!r}")
             object.__setattr__(self, field.name, number)
+        self._enter()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.code:
+            self._enter()  # it may come from another process
+
+    def _enter(self) -> None:
+        cls = type(self)
+        values = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))  # type: ignore[arg-type]
+        # A notebook may define a class again under the same name.
+        mark = "" if cls in SURROGATES.values() else f"#{id(cls)}"
+        # Not a property: torch.compile reads a string that is there.
+        object.__setattr__(self, "code", f"{cls.__name__}({values}){mark}")
+        _BY_CODE.setdefault(self.code, self)
+
+    @property
+    def smooth(self) -> bool:
+        """Whether :meth:`second_derivative` exists."""
+        return type(self).second_derivative is not Surrogate.second_derivative
 
     def derivative(self, z: Tensor) -> Tensor:
         """Return the stand-in for dH/dz at ``z`` = membrane - threshold, same shape and dtype."""
@@ -99,7 +131,8 @@ class Atan(Surrogate):
     alpha: float = 2.0
 
     def derivative(self, z: Tensor) -> Tensor:  # noqa: D102
-        return (math.pi / 2 * self.alpha * z).square_().add_(1).mul_(2 / self.alpha).reciprocal_()
+        scale = self.alpha * math.pi**2 / 2
+        return torch.addcmul(z.new_full((), 2 / self.alpha), z, z, value=scale).reciprocal_()
 
     def second_derivative(self, z: Tensor) -> Tensor:  # noqa: D102
         scale = math.pi / 2 * self.alpha

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sg_lightning.neurons import LIF, SpikingNeuron, fused
+from sg_lightning.neurons import LIF, SpikingNeuron, eager, fused
 from sg_lightning.neurons.surrogates import (
     Atan,
     FastSigmoid,
@@ -91,8 +91,8 @@ def test_blocks_and_chunks_change_nothing(options, monkeypatch):
         return s, torch.autograd.grad((s * g).sum() + (u * g).sum(), wanted)
 
     whole = run()
-    monkeypatch.setattr(fused, "_CPU_BLOCK", 7)
-    monkeypatch.setattr(fused, "_CHUNK", 20)  # chunks of 2 steps and a rest of 1
+    monkeypatch.setattr(eager, "_CPU_BLOCK", 7)
+    monkeypatch.setattr(eager, "_CHUNK", 20)  # chunks of 2 steps and a rest of 1
     parts = run()
     assert torch.equal(whole[0], parts[0])
     assert_gradients_close(parts[1], whole[1], 1e-14)

@@ -1,0 +1,257 @@
+"""The neuron as operators: what torch's tools say of them, ``torch.compile``, and which path is chosen when."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from sg_lightning.backbones import VGG, ConvNet, SpikingMLP
+from sg_lightning.neurons import LIF, LeakyIntegrator, compiled, operators, paths, use_path
+from sg_lightning.neurons.base import Dynamics
+from sg_lightning.neurons.surrogates import Atan, Triangular
+
+
+def currents(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=dtype) * 0.8 + 0.3
+
+
+@pytest.mark.parametrize("rule", [Atan(2.0), Triangular(1.0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dynamics", [Dynamics("zero"), Dynamics("subtract", True, True, True)], ids=lambda d: d.code)
+def test_opcheck(dynamics, dtype, rule):
+    x = currents(5, 7).to(dtype).requires_grad_()
+    for beta in (torch.tensor(0.8), torch.rand(7)):
+        beta.requires_grad_()
+        theta = torch.tensor(0.9, requires_grad=True)
+        for keep in (True, False):
+            leaves = (x, beta, theta) if keep else tuple(t.detach() for t in (x, beta, theta))
+            opcheck(operators.lif, (*leaves, dynamics.code, rule.code, keep, "eager"))
+        u = operators.lif(x, beta, theta, dynamics.code, rule.code, True, "eager")[1].detach()
+        g, h = torch.randn_like(x), torch.randn_like(u)
+        # Rough surrogates have a part of their double backward only, which opcheck cannot ask for alone.
+        needs = (g, h, u) if not rule.smooth else (g.requires_grad_(), h.requires_grad_(), u.requires_grad_())
+        last = (dynamics.code, rule.code)
+        plain = (beta, theta) if rule.smooth else (beta.detach(), theta.detach())
+        opcheck(operators.lif_backward, (*needs, *plain, *last, True, True, True, dtype, "eager"))
+        fixed = (u.detach(), beta.detach(), theta.detach())
+        opcheck(operators.lif_backward, (None, h.detach(), *fixed, *last, True, False, False, dtype, "eager"))
+        w, v = torch.randn_like(g).detach(), torch.randn(())
+        opcheck(operators.lif_double_backward, (w, None, v, g.detach(), None, *fixed, *last))
+
+
+def test_operator_and_direct_call_are_one():
+    x, beta, theta = (t.requires_grad_() for t in (currents(5, 7), torch.rand(7), torch.rand(7) + 0.5))
+    found = []
+    for call in (operators.lif, operators.run):
+        s, u = call(x, beta, theta, "subtract+reset_delay", Atan(2.0).code, True, "eager")
+        first = torch.autograd.grad((s + u).square().sum(), [x, beta, theta], create_graph=True)
+        found.append([s, u, *first, *torch.autograd.grad(sum(t.square().sum() for t in first), [x, beta, theta])])
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_membranes_that_were_not_kept_are_an_error():
+    x = currents(5, 7).requires_grad_()
+    s, u = operators.lif(x, torch.tensor(0.8), torch.tensor(0.9), "zero", Atan(2.0).code, False, "auto")
+    assert u.numel() == 0
+    with pytest.raises(RuntimeError, match="keep=False"):
+        s.sum().backward()
+
+
+NETS = {
+    "mlp": lambda: SpikingMLP(20, (16, 16), num_classes=4, time_steps=6, neuron=LIF(0.9, 0.5)),
+    "convnet": lambda: ConvNet(num_classes=4, input_size=8, channels=(6,), hidden=12, time_steps=3),
+    "vgg": lambda: VGG("vgg5", num_classes=4, input_size=16, time_steps=2, neuron=LIF(0.9, learn_beta=True)),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_networks_compile_without_graph_breaks(name):
+    torch._dynamo.reset()
+    net = NETS[name]()
+    x = torch.rand(3, *net.input_shape, requires_grad=True)
+    fast = torch.compile(net, fullgraph=True, backend="aot_eager")
+    parameters = [x, *net.parameters()]
+    plain, found = (torch.autograd.grad(f(x).square().sum(), parameters, allow_unused=True) for f in (net, fast))
+    for one, two in zip(found, plain, strict=True):
+        if two is not None:
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+    assert plain[0].abs().max() > 0
+    net.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), net(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fast(x).dtype == net(x).dtype
+    # An attack's surrogate is part of what was compiled, never forgotten.
+    neurons = [m for m in net.modules() if isinstance(m, LIF)]
+    for neuron in neurons:
+        neuron.attack_rule = Atan(0.5)
+    swapped, own = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (fast, net))
+    torch.testing.assert_close(swapped, own, rtol=1e-3, atol=1e-6)
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not paths._has_compiler(), reason="needs a C++ compiler")
+def test_inductor_and_compiled_neurons_together():
+    """Compiled neurons run inside a compiled network."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(10, 40), LIF(0.9, 0.5), torch.nn.Linear(40, 3))
+    x = torch.rand(4, 3, 10)
+    with use_path("compiled"):
+        fast = torch.compile(net, fullgraph=True)
+        plain, found = (torch.autograd.grad(f(x).square().sum(), list(net.parameters())) for f in (net, fast))
+    for one, two in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """A CPU with a compiler, and no work done so far."""
+    monkeypatch.setattr(paths, "_has_compiler", lambda: True)
+    monkeypatch.setattr(paths, "_work", type(paths._work)())
+    monkeypatch.setattr(compiled, "broken", "")
+
+
+def test_auto_compiles_when_the_work_pays_for_it(cpu, monkeypatch):
+    neuron = LIF(0.9)
+    small, large = torch.zeros(4, 2, 10), torch.zeros(8, 2, 20_000)
+    assert neuron.path(small) == ("eager", "little work (80 neurons times steps)")
+    assert neuron.path(large).path == "eager"
+    assert "too little work so far" in neuron.path(large).why
+    monkeypatch.setattr(paths, "_PATIENCE", 2 * large.numel())
+    with torch.no_grad():
+        neuron(large)
+        assert neuron.path(large).path == "eager"
+        neuron(large)
+        assert neuron.path(large).path == "compiled"
+        assert LIF(0.9, reset="none").path(large).path == "eager"  # another kind
+        assert neuron.path(small).path == "eager"
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert "deterministic" in neuron.path(large).why
+        finally:
+            torch.use_deterministic_algorithms(False)
+        monkeypatch.setattr(paths, "_has_compiler", lambda: False)
+        assert "no C++ compiler" in neuron.path(large).why
+
+
+def test_a_broken_compiler_is_told_once_and_costs_nothing_but_speed(cpu, monkeypatch, caplog):
+    def broken(*args, **settings):
+        raise RuntimeError("cc1plus: out of cheese")
+
+    monkeypatch.setattr(paths, "_PATIENCE", 0)
+    monkeypatch.setattr(torch, "compile", lambda body, **settings: broken)
+    compiled._forward.cache_clear()
+    compiled._backward.cache_clear()
+    neuron, x = LIF(0.77), currents(8, 2, 20_000).requires_grad_()
+    with caplog.at_level(logging.WARNING):
+        spikes = neuron(x)
+        (grad,) = torch.autograd.grad(spikes.sum(), x)
+    assert len([r for r in caplog.records if "out of cheese" in r.message]) == 1
+    assert "out of cheese" in neuron.path(x).why
+    twin = LIF(0.77, backend="reference")
+    assert torch.equal(spikes, twin(x))
+    torch.testing.assert_close(grad, torch.autograd.grad(twin(x).sum(), x)[0])
+    with use_path("compiled"), pytest.raises(RuntimeError, match="out of cheese"):
+        neuron(x)
+    compiled._forward.cache_clear()
+    compiled._backward.cache_clear()
+
+
+def test_use_path_for_a_block_or_for_good():
+    before = paths.wanted()
+    with use_path("reference"):
+        assert LIF().path(torch.zeros(2, 1, 3)) == ("reference", "asked for")
+        with use_path("eager"):
+            assert LIF().path(torch.zeros(2, 1, 3)) == ("eager", "asked for")
+            assert LIF(backend="reference").path(torch.zeros(2, 1, 3)).path == "reference"
+        assert paths.wanted() == "reference"
+    assert paths.wanted() == before
+    use_path("eager")
+    assert paths.wanted() == "eager"
+    use_path(before)
+    with pytest.raises(ValueError, match=r"unknown path 'fast'.*auto, reference, eager, compiled, triton"):
+        use_path("fast")
+    assert paths.wanted() == before
+
+
+def test_paths_that_the_machine_does_not_offer():
+    with use_path("compiled"):
+        choice = LIF().path(torch.zeros(2, 1, 3))
+        assert choice.path == "eager"
+        assert "3 neurons" in choice.why
+    if not os.environ.get("TRITON_INTERPRET"):
+        with use_path("triton"), pytest.raises(RuntimeError, match=r"triton.*not possible here"):
+            LIF()(torch.zeros(2, 1, 3))
+
+
+def test_environment_variable_and_imports():
+    """The variable chooses; importing the neurons imports neither Triton nor torch's compiler."""
+    code = (
+        "import sys, torch; before = set(sys.modules); from sg_lightning.neurons import LIF; x = torch.zeros(2, 1, 3); "
+        "new = set(sys.modules) - before; "
+        "print(LIF().path(x).path, LIF()(x).sum().item(), *(name for name in ('triton', 'torch._inductor', 'torch._dynamo') if name in new))"
+    )
+    for value, expected in (("eager", "eager"), ("reference", "reference"), ("fast", None)):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, paths.VARIABLE: value}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        if expected is None:
+            assert "unknown path 'fast' in the environment variable SG_LIGHTNING_NEURONS" in done.stderr
+        else:
+            assert done.stdout.split() == [expected, "0.0"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_ahead_without_contraction(capability):
+    """For GPUs that are not here; contraction of multiply-add would show as fma, as it does when it is allowed."""
+    pytest.importorskip("triton")
+    code = f"""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sg_lightning.neurons import triton_kernels as kernels
+
+def build(kernel, constants, types, **options):
+    names = kernel.arg_names
+    types = {{n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}}
+    constants = {{(names.index(n),): value for n, value in constants.items()}}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options={{**kernels.OPTIONS, **options}})
+
+numbers = dict.fromkeys(["steps", "size", "x_stride", "g_stride"], "i32")
+forward = dict(RESET="subtract", LATE=True, EQUAL=False, KEEP=True, BETAS=True, THETAS=False, BLOCK=kernels.BLOCK)
+for half in ("*fp32", "*bf16"):
+    built = build(kernels.forward_kernel, forward, dict(numbers, x=half, spikes=half))
+    assert built.asm["cubin"] and "fma" not in built.asm["ptx"]
+assert "fma" in build(kernels.forward_kernel, forward, numbers, enable_fp_fusion=True).asm["ptx"]
+build(kernels.forward_kernel, dict(forward, size=1, steps=1), numbers)  # Triton makes 1 a constant
+for make in kernels._RULES.items():
+    name, a, b = make[1](make[0]())
+    backward = dict(
+        RESET="zero", LATE=False, ATTACHED=True, EQUAL=False, RULE=name, A=a, B=b, HAS_G=True, HAS_H=True, NEED_X=True,
+        NEED_BETA=True, NEED_THETA=True, BETAS=False, THETAS=True, BLOCK=kernels.BLOCK,
+    )
+    assert build(kernels.backward_kernel, backward, dict(numbers, g="*bf16", dx="*bf16")).asm["cubin"]
+build(kernels.backward_kernel, dict(backward, size=1, steps=1, g_stride=1), numbers)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    if "ptxas" in done.stderr and "not found" in done.stderr:
+        pytest.skip("this Triton comes without ptxas")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_readout_keeps_one_membrane_for_backward():
+    kept = []
+    x = currents(20, 2, 30).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        LeakyIntegrator(0.9)(x)
+    assert sum(t.untyped_storage().nbytes() for t in kept if t.numel() > 1) <= x.numel() * 4
