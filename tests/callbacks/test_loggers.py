@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning_utilities.core.imports import RequirementCache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sg_lightning.callbacks.loggers import TABLE
+from sg_lightning.callbacks.loggers import TABLE, log_animation
 from sg_lightning.cli import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -133,7 +133,7 @@ def test_the_table_says_what_was_attacked_and_how(runs, sheet):
 def test_figures_are_pictures(runs):
     board = EventAccumulator(str(runs / "boards/digits/version_0")).Reload()
     (picture,) = board.Images("robust/curves")
-    (wandb_file,) = min((runs / "wandb").glob("offline-run-*")).glob("files/media/images/robust/*.png")
+    (wandb_file,) = min((runs / "wandb").glob("offline-run-*")).glob("files/media/images/robust/curves*.png")
     (csv_file,) = (runs / "sheets/digits/version_0/figures").iterdir()
     for content in (picture.encoded_image_string, wandb_file.read_bytes(), csv_file.read_bytes()):
         assert content.startswith(b"\x89PNG")
@@ -157,6 +157,20 @@ def test_each_run_keeps_its_whole_config_callbacks_included(runs):
         texts = {(runs / file / "config.yaml").read_text() for file in files}
         assert len(texts) == 1
         assert yaml.safe_load(texts.pop()) == config["config"]
+
+
+def test_moving_pictures_reach_wandb_and_become_files_elsewhere(tmp_path, monkeypatch):
+    import wandb
+
+    gif = b"GIF89a\x01\x00\x01\x00\x80\x00\x00\x00\x00\x00\xff\xff\xff,\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;"
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log_animation(WandbLogger(project="p", offline=True, save_dir=tmp_path), "robust/animation", gif, 3)
+    wandb.finish()
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/files/media/videos/robust/*.gif")
+    assert path.read_bytes() == gif
+    log_animation(CSVLogger(tmp_path, name="runs"), "robust/animation", gif, 3)
+    assert (tmp_path / "runs" / "version_0" / "figures" / "robust_animation_3.gif").read_bytes() == gif
 
 
 def test_without_wandb_the_message_says_how_to_get_it(tmp_path, monkeypatch):
