@@ -15,9 +15,14 @@ from sg_lightning.neurons import LIF
 ROOT = Path(__file__).parent.parent
 
 
+def python_of(name):
+    """Return the Python blocks of a document."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
 def blocks(libraries):
     """Return the Python blocks of docs/attacks.md: without those that need foreign libraries, or with them."""
-    found = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8"), re.DOTALL)
+    found = python_of("attacks.md")
     return [code for code in found if libraries or "Torchattacks" not in code]
 
 
@@ -40,6 +45,18 @@ def run(code):
 
 def test_attack_examples_run():
     assert run(blocks(libraries=False))["result"].success.shape == (8,)
+
+
+def test_performance_examples_run(capsys):
+    for code in python_of("performance.md"):
+        exec(compile(code, "docs/performance.md", "exec"), {})  # noqa: S102 - our own document
+    assert "eager" in capsys.readouterr().out
+
+
+def test_every_result_that_a_document_links_to_is_there():
+    for path in (ROOT / "docs").glob("*.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
 @pytest.mark.adapters
