@@ -92,7 +92,7 @@ TASKS = {
     "digits": Task("image: Digits, ConvNet 32-64", Digits, image_net, lambda: PGD(IMAGE, steps=5), 15, 5e-3),
     "saccade_digits": Task(
         "events: SaccadeDigits (stand-in), ConvNet 32-64", SaccadeDigits, event_net, lambda: PGD(EVENTS, steps=3), 12, 5e-3,
-        penalty=(0.003, 0.001),
+        penalty=(0.003, 0.001), samples=32,
     ),
     "spoken_digits": Task(
         "sound: SpokenDigits (stand-in), SpikingMLP 256", SpokenDigits, audio_net, lambda: PGD(AUDIO, steps=3), 20, 3e-3,
@@ -101,7 +101,7 @@ TASKS = {
     "multimodal_digits": Task(
         "fusion: MultimodalDigits, gated FusionNet", MultimodalDigits,
         lambda: FusionNet({"image": image_net(), "events": event_net(), "audio": audio_net()}, fusion="gated"),
-        lambda: PGD(Joint({"image": IMAGE, "events": EVENTS, "audio": AUDIO}), steps=3), 10, 3e-3, samples=48, penalty=(0.003, 0.001),
+        lambda: PGD(Joint({"image": IMAGE, "events": EVENTS, "audio": AUDIO}), steps=3), 10, 3e-3, samples=32, penalty=(0.003, 0.001),
         norms=("image_linf", "events_flips", "events_retime_inf", "audio_flips", "audio_retime_inf", "joint"),
     ),
 }  # fmt: skip
