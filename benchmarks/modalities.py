@@ -147,8 +147,9 @@ def measure(name: str, out: Path, suite: str, seed: int, samples: int | None, ep
         budgets = {
             norm: replace(data.budgets[norm], eps=(data.budgets[norm].headline,)) for norm in task.norms or data.budgets
         }  # type: ignore[attr-defined]
+        count = samples or task.samples
         result = evaluate(
-            module, data, suite, budgets=budgets, seed=seed, max_samples=samples or task.samples, check_samples_count=32
+            module, data, suite, budgets=budgets, seed=seed, max_samples=count, check_samples_count=min(32, count // 2)
         )
         print(result.table(), file=sys.stderr)
         methods[method] = {
