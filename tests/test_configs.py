@@ -234,3 +234,24 @@ def test_events_reach_an_image_network_as_frames():
                "--model.backbone.encoding=sg_lightning.encoding.Frames", "--data.batch_size=2",
                "--trainer.fast_dev_run=true"])  # fmt: skip
     assert cli.model.backbone.input_shape == (6, 2, 16, 16)
+
+
+def test_events_need_a_network_that_takes_frames():
+    words = [
+        "-c",
+        str(CONFIGS / "data/saccade_digits.yaml"),
+        *CPU,
+        "--data.batch_size=2",
+        "--trainer.fast_dev_run=true",
+    ]
+    with pytest.raises(SystemExit, match=r"ConvNet was built for images .* --model.backbone.encoding=Frames"):
+        main(["fit", *words, "-c", str(CONFIGS / "model/convnet.yaml")])
+    counts = ["--model.attack.threat=EventFlips", "--model.attack.threat.eps=5%",
+              "--model.attack.threat.domain.high=.inf", "--model.attack.threat.domain.lattice=count"]  # fmt: skip
+    words += ["-c", str(CONFIGS / "model/convnet_events.yaml"), "-c", str(CONFIGS / "method/at.yaml")]
+    with pytest.raises(SystemExit, match=r"Linf gives values between the whole numbers .* domain=Counts\(\)"):
+        main(["fit", *words])
+    cli = run(["fit", *words, *counts])
+    assert cli.model.backbone.input_shape == (6, 2, 16, 16)
+    legal = cli.model.attack.threat.domain
+    assert (legal.low, legal.high, legal.lattice) == (0.0, float("inf"), "count")

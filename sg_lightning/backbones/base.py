@@ -245,6 +245,15 @@ class ImageBackbone(Backbone):
                 "out: batch normalisation scales what follows"
             )
 
+    def check_input(self, x: Tensor) -> None:
+        """Raise an error that says what is wrong, also where frames of events come to a network for images."""
+        if isinstance(x, Tensor) and x.dim() == 5 and len(self.input_shape) == 3:
+            raise ValueError(
+                f"{type(self).__name__} was built for images (B, C, H, W), got {tuple(x.shape)}, as frames of events have: "
+                "give it encoding=Frames(), on the command line --model.backbone.encoding=Frames"
+            )
+        super().check_input(x)
+
     def encode(self, x: Tensor) -> Tensor:
         """Turn an input (B, *input_shape) into a sequence (T, B, C, H, W).
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from sg_lightning._optional import require
 from sg_lightning.datamodules.base import Samples
@@ -164,7 +165,10 @@ class _Heidelberg(RasterData):
             file = SpikeFile(path, self.channels, self.num_classes)
             try:
                 extra = {} if file.speaker is None else {"speaker": torch.from_numpy(file.speaker.astype(np.int16))}
-                return self.rasters(file, file.labels, extra)
+                shown = tqdm(
+                    file, desc=f"{type(self).__name__} {part}", total=len(file.labels), leave=False, disable=None
+                )
+                return self.rasters(shown, file.labels, extra)
             finally:
                 file.close()
 

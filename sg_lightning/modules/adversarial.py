@@ -41,8 +41,8 @@ class AdversarialTraining(_Host):
         **kwargs: For the class behind the mixin.
 
     Raises:
-        ValueError: if the attack may leave the domain of the backbone or is a minimal-norm attack, or on an unknown
-            ``crafting_mode``; before training, under a strategy that splits the weights over processes; on a first batch
+        ValueError: if the attack may leave the domain of the backbone (values between whole numbers only with a relaxed
+            threat) or is a minimal-norm attack, or on an unknown ``crafting_mode``; before training, under a strategy that splits the weights over processes; on a first batch
             that is outside the threat's domain, e.g. images under a threat on events.
 
     Source:
@@ -113,6 +113,13 @@ def _check_domain(attack: Attack, backbone: nn.Module) -> None:
             raise ValueError(
                 f"the attack's threat has the domain {reached} but the inputs of {type(backbone).__name__} live in "
                 f"{allowed}; build the threat with domain={allowed!r}"
+            )
+        if isinstance(allowed, Domain) and allowed.lattice and not reached.lattice and not attack.threat.relaxed:
+            own = "Binary()" if allowed.lattice == "binary" else "Counts()"
+            raise ValueError(
+                f"{type(attack.threat).__name__} gives values between the whole numbers that {type(backbone).__name__} takes, {allowed}: "
+                f"train with EventFlips('5%', domain={own}) or SpikeRetiming(1, domain={own}), e.g.; RelaxedLinf and its "
+                "like say that no sensor can produce such values"
             )
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
+from sg_lightning.backbones import Backbone
 from sg_lightning.domains import check_values
 from sg_lightning.inputs import Input, apply, tensors
 from sg_lightning.objectives.probability import check_label_range, check_labels, check_logits
@@ -31,7 +32,9 @@ def unpack(batch: Any) -> tuple[Input, Tensor]:
 
 
 def check_inputs(x: Input, y: Tensor, backbone: nn.Module, stage: str) -> None:
-    """Check dtype, NaN and domain of the inputs, and that x and y have equally many samples."""
+    """Check shape, dtype, NaN and domain of the inputs, and that x and y have equally many samples."""
+    if isinstance(backbone, Backbone) and isinstance(x, Tensor) and x.dim() != len(backbone.input_shape) + 1:
+        backbone.check_input(x)  # a wrong number of axes says more than the values that come with it
     name = f"x of the first {stage} batch" if isinstance(x, Tensor) else f"the first {stage} batch"
     check_values(apply(Tensor.detach, x), getattr(backbone, "domain", None), name)
     for part in tensors(x):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PER_NORM = 2  # examples of each norm, side by side
-_ADDED, _GONE = "#b2182b", "#2166ac"
+_ADDED, _GONE, _MOVED = "#b2182b", "#2166ac", "#762a83"
 
 
 def as_plane(x: Tensor) -> np.ndarray:
@@ -46,7 +46,7 @@ def examples_figure(result: RobustnessResult, name: str = "") -> Figure:
 
     Of a joint input the modality that changed most is drawn. Every difference of images has a factor of its own, written
     above it, so that small ones can be seen; spikes and events that were added are marked red, those taken away blue,
-    and counted.
+    and counted. Pixels of event frames that gained some and lost others over time are marked purple.
 
     Args:
         result: An evaluation that kept examples.
@@ -101,14 +101,15 @@ def _draw(panels: list[Axes], example: summary.Example, *, headed: bool) -> None
     name, before, after = attacked(example)
     events = is_events(before) and is_events(after)
     clean, adversarial = as_plane(before), as_plane(after)
-    difference = adversarial - clean
-    if events and before.dim() == 2:
-        note = _draw_rasters(panels, clean, adversarial)
-    else:
-        note = _draw_planes(panels, clean, adversarial, difference, amplified=not events)
     if events:
         moved = (after - before).double()
         note = f"+{moved.clamp_min(0).sum():.0f} −{(-moved).clamp_min(0).sum():.0f}"
+        if before.dim() == 2:
+            _draw_rasters(panels, clean, adversarial)
+        else:
+            _draw_frames(panels, clean, adversarial, changes(before, after))
+    else:
+        note = _draw_planes(panels, clean, adversarial)
     titles = (
         f"{example.label}" + f" ({name})" * bool(name),
         f"{example.label} → {example.predicted}",
@@ -118,10 +119,29 @@ def _draw(panels: list[Axes], example: summary.Example, *, headed: bool) -> None
         axes.set_title(f"{head}\n{title}" if headed else title, fontsize=9, color=style.INK, pad=4)
 
 
-def _draw_planes(
-    panels: list[Axes], clean: np.ndarray, adversarial: np.ndarray, difference: np.ndarray, *, amplified: bool
-) -> str:
+def changes(before: Tensor, after: Tensor) -> np.ndarray:
+    """Mark the pixels of event frames (T, C, H, W) that ever changed: 1 added, 2 taken away, 3 both, else 0; (H, W).
+
+    A sum over time would not show events that only moved in time.
+    """
+    moved = (after - before).flatten(0, 1)
+    marks = (moved > 0).any(0).int() + 2 * (moved < 0).any(0).int()
+    return marks.cpu().numpy()
+
+
+def _draw_frames(panels: list[Axes], clean: np.ndarray, adversarial: np.ndarray, marks: np.ndarray) -> None:
+    """Show sums of frames on the scale of the clean one, so that one pixel with many events hides nothing, and marks."""
+    scale = _scale(clean, clean)
+    for axes, plane in ((panels[0], clean), (panels[1], adversarial)):
+        _show(axes, plane, **scale)
+    colours = require("matplotlib.colors", "report", "drawing a report")
+    kinds = colours.ListedColormap(["#f7f7f7", _ADDED, _GONE, _MOVED])
+    _show(panels[2], marks, cmap=kinds, vmin=0, vmax=3)
+
+
+def _draw_planes(panels: list[Axes], clean: np.ndarray, adversarial: np.ndarray) -> str:
     """Show images side by side; return by how much the difference is amplified."""
+    difference = adversarial - clean
     largest = float(np.abs(difference).max())
     scale = _scale(clean, adversarial)
     for axes, plane in ((panels[0], clean), (panels[1], adversarial)):
@@ -132,10 +152,10 @@ def _draw_planes(
         _show(panels[2], 0.5 + factor * difference)
     else:
         _show(panels[2], factor * difference, cmap=_diverging(), vmin=-span, vmax=span)
-    return f"×{factor:.2g}" if amplified else ""
+    return f"×{factor:.2g}"
 
 
-def _draw_rasters(panels: list[Axes], clean: np.ndarray, adversarial: np.ndarray) -> str:
+def _draw_rasters(panels: list[Axes], clean: np.ndarray, adversarial: np.ndarray) -> None:
     """Show rasters (N, T) as densities that read like a spectrogram, and every changed spike as a mark."""
     top = float(max(pooled(clean).max(), pooled(adversarial).max(), 1e-9))
     extent = (-0.5, clean.shape[1] - 0.5, -0.5, clean.shape[0] - 0.5)
@@ -148,7 +168,6 @@ def _draw_rasters(panels: list[Axes], clean: np.ndarray, adversarial: np.ndarray
             axes.scatter(
                 time, channel, s=min(max(1500 / max(len(time), 1), 0.3), 4.0), c=colour, linewidths=0, zorder=3
             )
-    return ""
 
 
 def pooled(plane: np.ndarray, most: tuple[int, int] = (70, 100)) -> np.ndarray:

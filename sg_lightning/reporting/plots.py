@@ -116,6 +116,7 @@ def norm_matrix(results: Results) -> Figure:
                 color="white" if value > 72 else style.INK, fontweight="bold" if best else "normal",
             )  # fmt: skip
     heads = [c.label.replace(" (", "\n(") if c.eps else c.label.replace(" ", "\n") for c in columns]
+    heads = [head.replace(": ", ":\n") for head in heads]  # of one modality
     labels = [f"{head}\nε = {c.eps}" if c.eps else head for head, c in zip(heads, columns, strict=True)]
     style.dress(axes, grid=None)
     axes.xaxis.tick_top()

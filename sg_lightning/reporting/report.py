@@ -135,8 +135,10 @@ _CURVES = (
 _EXAMPLES = (
     "What an attack needs to change. Labels give the true class, then what the network says; the size is in the unit "
     "of the norm. Differences of images are amplified as stated: red is added and blue taken away; those of colour images "
-    "lie around mid-grey. Spikes and events that were added are marked red, those taken away blue, and counted; rasters "
-    "have time to the right and channels upwards, averaged over small blocks."
+    "lie around mid-grey. Spikes and events that were added are marked red, those taken away blue, and counted; pixels "
+    "of event frames that gained and lost events at different times are purple. Event frames are summed over time, red where "
+    "brighter and blue where darker events prevail, on the scale of the clean ones; rasters have time to the right and "
+    "channels upwards, averaged over small blocks."
 )
 _ANIMATION = "Step by step: clean events, adversarial events, and what changed. Dark: on, pale: off, red: added, blue: taken away."
 _GRADIENTS = (

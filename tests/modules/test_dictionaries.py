@@ -11,7 +11,7 @@ from sg_lightning.callbacks import RobustnessEvaluation, SparseGradient
 from sg_lightning.domains import Binary, Box
 from sg_lightning.modules import AdversarialClassifier, SpikingClassifier
 from sg_lightning.objectives import sparse_gradient_penalty
-from sg_lightning.threats import Budget, EventFlips, Joint, JointBudget, Linf, Modality
+from sg_lightning.threats import L2, Budget, EventFlips, Joint, JointBudget, Linf, Modality, RelaxedLinf
 
 ATTACKS = {
     "image": PGD(Modality("image", Linf("2/16")), steps=2),
@@ -161,7 +161,16 @@ def test_attacks_that_do_not_fit_are_refused(attack, message):
 
 
 def test_first_batch_is_checked():
-    module = AdversarialClassifier(net(), attack=PGD(Joint({"audio": Linf(0.1)}), steps=1))
+    module = AdversarialClassifier(net(), attack=PGD(Joint({"audio": RelaxedLinf(0.1)}), steps=1))
     x, y = next(iter(DataLoader(Pairs(), batch_size=12)))
     with pytest.raises(ValueError, match="audio of x, attacked under Joint, has values in"):
         module.loss_inputs({**x, "audio": x["audio"] * 2}, y)
+
+
+def test_training_on_spikes_that_no_sensor_can_produce_must_be_asked_for():
+    for threat in (Joint({"audio": Linf(0.1)}), Modality("audio", L2(1.0))):
+        with pytest.raises(
+            ValueError, match=r"between the whole numbers .* Binary .*EventFlips\('5%', domain=Binary\(\)"
+        ):
+            AdversarialClassifier(net(), attack=PGD(threat, steps=1))
+    AdversarialClassifier(net(), attack=PGD(Modality("audio", RelaxedLinf(0.1)), steps=1))

@@ -59,6 +59,24 @@ def test_changed_spikes_of_a_raster_are_marked_and_counted(with_examples):
     assert len(second.collections) == 2
 
 
+def test_events_that_only_moved_in_time_are_marked(with_examples):
+    clean, _ = frames()
+    adversarial = clean.clone()
+    step, polarity, row, column = clean[:4].nonzero()[0].tolist()
+    adversarial[step, polarity, row, column] -= 1
+    adversarial[step + 1, polarity, row, column] += 1
+    adversarial[2, 1, 15, 15] += 60  # hides nothing: the scale is that of the clean frames
+    figure = examples_figure(with_examples(example(clean, adversarial, "retime_0")))
+    shown = [axes.images[0] for axes in figure.axes[:3]]
+    assert shown[0].get_clim() == shown[1].get_clim()
+    assert shown[1].get_clim()[1] < 60
+    marks = np.asarray(shown[2].get_array())
+    assert marks[row, column] == 3
+    assert marks[15, 15] == 1
+    assert (marks > 0).sum() == 2
+    assert figure.axes[2].get_title().endswith("+61 −1, size 3")
+
+
 def test_pooling_keeps_the_mean_of_every_block():
     plane = np.arange(7 * 9, dtype=float).reshape(7, 9)
     found = pooled(plane, (4, 3))

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -80,6 +81,14 @@ def test_matrix_writes_every_accuracy_and_marks_the_best(results):
             assert (texts[j, i].get_fontweight() == "bold") == (share == max(shares))
     assert [tick.get_text() for tick in axes.get_yticklabels()] == METHODS
     assert axes.get_xticklabels()[1].get_text() == "L∞\nε = 2/16"
+
+
+def test_matrix_breaks_the_names_of_modalities(results, monkeypatch):
+    columns = summary.columns(results)
+    long = dataclasses.replace(columns[1], label="audio: retiming B∞")
+    monkeypatch.setattr(summary, "columns", lambda results: [columns[0], long, *columns[2:]])
+    labels = reporting.norm_matrix(results).axes[0].get_xticklabels()
+    assert labels[1].get_text() == "audio:\nretiming B∞\nε = 2/16"
 
 
 def test_union_bars_are_as_long_as_the_union_and_carry_its_interval(results):
