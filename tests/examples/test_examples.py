@@ -18,7 +18,7 @@ from sg_lightning.evaluation import RobustnessResult
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-CALLBACKS, SNNTORCH, ANY_MODEL = sorted(EXAMPLES.glob("0*.py"))
+CALLBACKS, SNNTORCH, ANY_MODEL, MODALITIES = sorted(EXAMPLES.glob("0*.py"))
 TABLE = r"clean +\d.*\nlinf 2/16 +\d.*\nl2 0\.5 +\d.*\nl1 1\.5 +\d.*\nl0 2 +\d.*\nunion +\d"
 
 
@@ -32,7 +32,7 @@ def run(path, monkeypatch, *words):
     runpy.run_path(str(path), run_name="__main__")
 
 
-@pytest.mark.parametrize("path", [CALLBACKS, SNNTORCH, ANY_MODEL], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [CALLBACKS, SNNTORCH, ANY_MODEL, MODALITIES], ids=lambda path: path.stem)
 def test_examples_are_short_and_start_with_what_you_will_see(path):
     text = path.read_text()
     assert len(text.splitlines()) < 60
@@ -69,6 +69,19 @@ def test_evaluate_any_model(monkeypatch, capsys):
         assert torch.equal(found["success"], torch.from_numpy(result.broken(norm)))
     run(ANY_MODEL, monkeypatch, "--epochs=4", "--samples=24")  # goes on: nothing is left to do
     assert RobustnessResult.load("runs/any_model/attacks").meta["resumed_samples"] == 24
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_modalities(monkeypatch, capsys):
+    run(MODALITIES, monkeypatch, "--epochs=3", "--samples=12")
+    shown = capsys.readouterr().out
+    assert re.search(r"clean +\d.*\nimage_linf 2/16.*\nevents_flips 5%.*\naudio_flips 5%.*\njoint 1 .*\nunion +\d", shown)
+    accuracies = re.findall(r"(.*): accuracy (\d+)%, with 5% of the sound's spikes flipped (\d+)%", shown)
+    (alone, *sound), (together, *all_) = accuracies
+    assert (alone, together) == ("sound alone", "image, events and sound")
+    assert int(sound[1]) < int(sound[0])  # the attack works
+    assert int(all_[1]) > int(sound[1]) + 20  # and the others keep the decision
+    assert Path("runs/modalities/report.html").is_file()
 
 
 def trial(parameters):
