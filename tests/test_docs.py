@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sg_lightning import datamodules
 from sg_lightning.attacks import ATTACKS, ESTIMATORS, suite_names
 from sg_lightning.attacks.adapters.advertorch import REFUSED
 from sg_lightning.backbones import ConvNet
@@ -45,6 +46,43 @@ def run(code):
 
 def test_attack_examples_run():
     assert run(blocks(libraries=False))["result"].success.shape == (8,)
+
+
+def test_examples_of_modalities_run(capsys):
+    names = {}
+    for block in python_of("modalities.md"):
+        exec(compile(block, "docs/modalities.md", "exec"), names)  # noqa: S102 - our own document
+    assert names["attacked"].shape == (2, 1600)
+    assert set(names["heard"]) == {"audio"}
+    assert torch.equal(names["both"]["events"], names["x"]["events"])
+    assert not torch.equal(names["together"]["events"], names["x"]["events"])
+    assert names["result"].norms == ["audio_flips"]
+    assert "torch.Size([64, 25, 70]) Counts" in capsys.readouterr().out
+
+
+def shown(budget):
+    """Write the budgets as the table of the document does."""
+    share = str(budget.headline).endswith("%")
+    numbers = [str(eps).removesuffix("%") for eps in budget.eps]
+    headline = str(budget.headline).removesuffix("%")
+    return ", ".join(f"**{n}**" if n == headline else n for n in numbers) + " %" * share
+
+
+def test_tables_of_modalities_are_those_of_the_data_sets():
+    text = (ROOT / "docs" / "modalities.md").read_text(encoding="utf-8")
+    columns = [
+        [datamodules.NMNIST(), datamodules.DVSGesture(), datamodules.CIFAR10DVS(), datamodules.NCaltech101()],
+        [datamodules.SaccadeDigits()],
+        [datamodules.SHD(), datamodules.SSC()],
+        [datamodules.SpokenDigits()],
+    ]
+    for norm in ("flips", "retime_inf", "retime_0", "retime_1"):
+        row = re.search(rf"^\| `{norm}` \| [^|]+ \|(.*)\|$", text, re.MULTILINE)[1].split("|")
+        for cell, sets in zip(row, columns, strict=True):
+            assert {shown(data.budgets[norm]) if norm in data.budgets else "" for data in sets} == {cell.strip()}
+    for data in (data for sets in columns for data in sets):
+        (row,) = re.findall(rf"^\| `{type(data).__name__}` \|.*$", text, re.MULTILINE)
+        assert f"| {data.input_shape} |" in row
 
 
 def test_performance_examples_run(capsys):

@@ -125,7 +125,7 @@ def commands(path):
     return [block.replace("\\\n", " ") for block in blocks]
 
 
-PAGES = [EXAMPLES / "04_ddp.md", ROOT / "docs/multi_gpu.md"]
+PAGES = [EXAMPLES / "04_ddp.md", ROOT / "docs/multi_gpu.md", ROOT / "docs/modalities.md", ROOT / "README.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
