@@ -255,3 +255,12 @@ def test_events_need_a_network_that_takes_frames():
     assert cli.model.backbone.input_shape == (6, 2, 16, 16)
     legal = cli.model.attack.threat.domain
     assert (legal.low, legal.high, legal.lattice) == (0.0, float("inf"), "count")
+
+
+@pytest.mark.parametrize("method", ["sr", "at_sr"])
+def test_the_weight_of_the_penalty_is_one_key(method):
+    cli = run(["fit", "-c", str(CONFIGS / "data/digits.yaml"), "-c", str(CONFIGS / "model/convnet.yaml"), *SHRINK["ConvNet"],
+               "-c", str(CONFIGS / f"method/{method}.yaml"), *CPU, "--trainer.callbacks.weight=0.5",
+               "--trainer.fast_dev_run=true", "--data.batch_size=2"])  # fmt: skip
+    (penalty,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, SparseGradient)]
+    assert penalty.weight == 0.5

@@ -75,7 +75,9 @@ def test_evaluate_any_model(monkeypatch, capsys):
 def test_modalities(monkeypatch, capsys):
     run(MODALITIES, monkeypatch, "--epochs=3", "--samples=12")
     shown = capsys.readouterr().out
-    assert re.search(r"clean +\d.*\nimage_linf 2/16.*\nevents_flips 5%.*\naudio_flips 5%.*\njoint 1 .*\nunion +\d", shown)
+    assert re.search(
+        r"clean +\d.*\nimage_linf 2/16.*\nevents_flips 5%.*\naudio_flips 5%.*\njoint 1 .*\nunion +\d", shown
+    )
     accuracies = re.findall(r"(.*): accuracy (\d+)%, with 5% of the sound's spikes flipped (\d+)%", shown)
     (alone, *sound), (together, *all_) = accuracies
     assert (alone, together) == ("sound alone", "image, events and sound")
