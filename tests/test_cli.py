@@ -361,7 +361,7 @@ def test_data_and_network_that_do_not_fit():
     words = ["fit", *compose(method="at", trainer="smoke"), *TINY, "--data.batch_size=2"]
     rasters = [*compose(trainer="smoke"), "--model.backbone=SpikingMLP", "--model.backbone.in_features=6"]
     assert mistake(["fit", *rasters]).startswith("SpikingMLP was built for inputs of shape (B, 4, 6), got (")
-    assert "input_size must be a multiple of 16, got 8; pad the images" in mistake(
+    assert "input_size must be at least 16, got 8; pad the images" in mistake(
         [*words, "--model.backbone.channels=[4,4,4,4]"]
     )
     assert mistake([*words, "--model.attack.threat=EventFlips", "--model.attack.threat.eps=2"]) == (
