@@ -16,7 +16,7 @@ from sg_lightning.callbacks.progress import bar_beside
 from sg_lightning.domains import Domain, Domains, domains_text
 from sg_lightning.evaluation import RobustnessResult
 from sg_lightning.evaluation.adversarial import Keep, check_keep
-from sg_lightning.evaluation.data import check_samples, legal_domain
+from sg_lightning.evaluation.data import check_samples, data_name, legal_domain
 from sg_lightning.evaluation.session import Session
 from sg_lightning.inputs import batch_size, select
 from sg_lightning.modules.checks import refuse_sharding
@@ -161,7 +161,9 @@ class RobustnessEvaluation(Callback):
         if session is None:
             return
         stage = trainer.state.fn.value if trainer.state.fn is not None else ""
-        result = session.finish(domain=domains_text(self._legal), epoch=trainer.current_epoch, stage=stage)
+        name = data_name(getattr(trainer, "datamodule", None))
+        known = {"data": name} if name else {}
+        result = session.finish(domain=domains_text(self._legal), epoch=trainer.current_epoch, stage=stage, **known)
         if result is None:
             return
         self.result = result

@@ -106,6 +106,7 @@ class SampleData(LightningDataModule):
         input_shape: Shape of one sample.
         domain: Legal values.
         budgets: The budgets of each norm that attacks use by default.
+        stand_in: What the samples are made of if they only stand in for recordings, for the report; else empty.
 
     Raises:
         ValueError: on ``batch_size`` below 1, ``num_workers`` or ``seed`` below 0, or a ``val_fraction`` that leaves
@@ -113,6 +114,7 @@ class SampleData(LightningDataModule):
     """
 
     noun: ClassVar[str] = "samples"
+    stand_in: str = ""
 
     def __init__(
         self, batch_size: int = 128, *, num_workers: int = 0, val_fraction: float = 0.1, seed: int = 0

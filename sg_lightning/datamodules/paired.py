@@ -120,6 +120,7 @@ class Paired(SampleData):
         if not set(missing) < set(sources):
             raise ValueError(f"missing must name some of {', '.join(sources)}, but not all, got {tuple(missing)}")
         self.sources = dict(sources)
+        self.stand_in = ", ".join(source.stand_in for source in sources.values() if source.stand_in)
         self.num_classes = least if num_classes is None else num_classes
         self.missing = tuple(missing)
         self.drop = drop

@@ -54,6 +54,7 @@ class SaccadeDigits(EventData):
         100 ms each, at constant speed. Camera: :class:`~sg_lightning.datamodules.event_camera.EventCamera`.
     """
 
+    stand_in = "a simulated event camera"
     usual_budgets: ClassVar[Budgets] = {
         "flips": Budget(
             eps=("1%", "2%", "5%"),

@@ -49,6 +49,7 @@ class SpokenDigits(RasterData):
 
     num_classes: ClassVar[int] = 10
     channels: ClassVar[int] = 140
+    stand_in = "synthetic speech"
     # Chosen on the validation voices (100 utterances, vanilla SpikingMLP of configs/experiments, suite `basic`).
     budgets: ClassVar[Budgets] = {
         "flips": Budget(

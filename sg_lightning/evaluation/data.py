@@ -122,6 +122,14 @@ def legal_domain(given: Domains | None, data: Any) -> Domains:
     return given
 
 
+def data_name(data: Any) -> str:
+    """Name a data module for the record, and say if it stands in for real recordings; nothing for other data."""
+    if not hasattr(data, "test_dataloader"):
+        return ""
+    stand_in = getattr(data, "stand_in", "")
+    return type(data).__name__ + (f" (stand-in: {stand_in})" if stand_in else "")
+
+
 def check_samples(x: Input, y: Tensor, domain: Domains | None) -> None:
     """Raise ``ValueError`` with the cure on NaN, values outside the domain, or labels that do not fit."""
     if y.dim() != 1 or y.is_floating_point() or len(y) != batch_size(x):

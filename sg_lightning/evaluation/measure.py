@@ -14,7 +14,7 @@ from torch import nn
 from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite, with_substitutes
 from sg_lightning.domains import Domains, domains_text
 from sg_lightning.evaluation.adversarial import Keep
-from sg_lightning.evaluation.data import Source, check_samples, legal_domain, to_device
+from sg_lightning.evaluation.data import Source, check_samples, data_name, legal_domain, to_device
 from sg_lightning.evaluation.progress import TqdmBar
 from sg_lightning.evaluation.result import RobustnessResult
 from sg_lightning.evaluation.session import Session, process
@@ -115,7 +115,7 @@ def evaluate(
                 x, y = to_device(x, device), y.to(device)
             session.batch(x, y, ids[mine])
     reasons = {norm: budgets[norm].reason for norm in resolved.norms if norm in budgets and budgets[norm].reason}
-    notes = {"headline budgets": reasons, "left out": left_out}
+    notes = {"data": data_name(data), "headline budgets": reasons, "left out": left_out}
     result = session.finish(domain=domains_text(domain), **{name: note for name, note in notes.items() if note})
     assert result is not None  # an empty test set was refused above
     return result

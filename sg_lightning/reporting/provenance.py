@@ -66,6 +66,8 @@ def facts(results: Results, settings: Mapping[str, Any]) -> dict[str, str]:
     for key in ("data", "model", "commit"):
         if isinstance(settings.get(key), str | int | float):
             found[key] = str(settings[key])
+    if names := [str(result.meta["data"]) for result in results.values() if "data" in result.meta]:
+        found.setdefault("data", _each(names))
     found["samples"] = _each(str(len(result.ids)) for result in results.values())
     found["suite"] = _each(f"{result.suite.name} ({result.suite.hash})" for result in results.values())
     for key in ("seed", "date"):

@@ -83,7 +83,8 @@ def test_modalities(monkeypatch, capsys):
     assert (alone, together) == ("sound alone", "image, events and sound")
     assert int(sound[1]) < int(sound[0])  # the attack works
     assert int(all_[1]) > int(sound[1]) + 20  # and the others keep the decision
-    assert Path("runs/modalities/report.html").is_file()
+    page = Path("runs/modalities/report.html").read_text()
+    assert "MultimodalDigits (stand-in: a simulated event camera, synthetic speech)" in page
 
 
 def trial(parameters):
