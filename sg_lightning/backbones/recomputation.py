@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from sg_lightning.neurons import SpikingNeuron
 
-Recompute = Literal["norms", "blocks"]
+Recompute = Literal["norms", "blocks"] | int
 
 
-def segments(layers: Sequence[nn.Module], what: Recompute) -> Iterator[tuple[Sequence[nn.Module], bool]]:
+def segments(
+    layers: Sequence[nn.Module], what: Literal["norms", "blocks"]
+) -> Iterator[tuple[Sequence[nn.Module], bool]]:
     """Cut layers into runs, and say of each whether its activations are computed again.
 
     Args:
@@ -42,13 +44,47 @@ def segments(layers: Sequence[nn.Module], what: Recompute) -> Iterator[tuple[Seq
         yield layers[start:], False
 
 
-def again(run: Callable[[Tensor], Tensor], layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Return ``run(x)``, of which only ``x`` is kept; the backward pass runs it once more, with the same random numbers."""
+def again(run: Callable[..., Any], layers: Sequence[nn.Module], *x: Tensor | None) -> Any:
+    """Return ``run(*x)``, of which only ``x`` is kept; the backward pass runs it once more, with the same random numbers."""
     if not torch.is_grad_enabled():
-        return run(x)
+        return run(*x)
     if torch.compiler.is_compiling():  # which tells a norm's statistics from what can be computed again
-        return checkpoint(run, x, use_reentrant=False)
-    return checkpoint(run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _Repeated(layers)))
+        return checkpoint(run, *x, use_reentrant=False)
+    return checkpoint(run, *x, use_reentrant=False, context_fn=lambda: (nullcontext(), _Repeated(layers)))
+
+
+def in_pieces(
+    run: Callable[..., Any], layers: Sequence[nn.Module], x: Tensor, steps: int, states: Sequence[Tensor | None]
+) -> Tensor:
+    """Run layers over a sequence piece by piece; the backward pass goes through the pieces again, from the last.
+
+    Args:
+        run: From a piece (T', B, ...) and states to outputs and new states.
+        layers: The layers that it runs.
+        x: The sequence (T, B, ...).
+        steps: Largest T' of a piece.
+        states: The states at the start.
+    """
+    outputs = []
+    for piece in x.split(steps):
+        output, *states = again(run, layers, piece, *states)
+        outputs.append(output)
+    return torch.cat(outputs)
+
+
+def refuse_pieces(layers: Sequence[nn.Module]) -> None:
+    """Raise ``ValueError`` for layers that cannot run piece by piece."""
+    for part in (inner for layer in layers for inner in layer.modules()):
+        if isinstance(part, _BatchNorm):
+            raise ValueError(  # noqa: TRY004 - of the right type, but what it computes does not fit
+                f"{type(part).__name__} normalises by the statistics of all steps, so the network cannot run piece by piece; "
+                "recompute 'norms' or 'blocks' instead"
+            )
+        if isinstance(part, SpikingNeuron) and not hasattr(part, "forward_state"):
+            raise ValueError(
+                f"{type(part).__name__} cannot continue from a state, so the network cannot run piece by piece; recompute "
+                "'blocks' instead"
+            )
 
 
 class _Repeated:

@@ -15,15 +15,15 @@ from sg_lightning.neurons import compact_spikes
 
 
 class SaveMemory(Callback):
-    """Keep less between the forward and the backward pass of training; losses and gradients stay what they are.
+    """Keep less between the forward and the backward pass of training.
 
-    Works on any LightningModule; ``recompute`` needs a network of this library inside. See
+    Losses and gradients stay what they are (with a number of steps: up to rounding). Works on any LightningModule; ``recompute`` needs a network of this library inside. See
     :class:`~sg_lightning.neurons.compact_spikes` and :func:`~sg_lightning.backbones.recompute`; what it saves and costs is
     measured in ``benchmarks/results/memory.md``.
 
     Args:
         spikes: Whether spikes are kept in a byte each instead of four.
-        recompute: What the backward pass computes again: ``"norms"``, ``"blocks"`` or ``None``.
+        recompute: What the backward pass computes again: ``"norms"``, ``"blocks"``, a number of steps, or ``None``.
 
     Raises:
         ValueError: An unknown ``recompute``; at the start of training a module that has nothing to recompute.

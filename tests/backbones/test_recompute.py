@@ -7,9 +7,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from sg_lightning.attacks import Oracle
+from sg_lightning.attacks.estimators import PDSG
+from sg_lightning.attacks.losses import cross_entropy as attack_loss
 from sg_lightning.backbones import VGG, ConvNet, FusionNet, SEWResNet, SpikingMLP, WideResNet, recompute
 from sg_lightning.backbones.base import OverTime
-from sg_lightning.neurons import LIF, compact_spikes
+from sg_lightning.neurons import ALIF, LIF, compact_spikes
 from sg_lightning.objectives import sparse_gradient_penalty
 
 NEURON = LIF(0.5, surrogate="atan", learn_beta=True)
@@ -171,6 +174,53 @@ def test_several_modalities():
     assert equal(step(net, state, x, y, None)[0], step(net, state, x, y, "blocks")[0])
 
 
+@pytest.mark.parametrize("steps", [1, 7, 20, 100])
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_pieces_of_a_long_sequence_give_the_same(recurrent, steps):
+    torch.manual_seed(1)
+    net = SpikingMLP(12, (16, 16), 4, time_steps=20, recurrent=recurrent, neuron=LIF(0.9, learn_beta=True)).double()
+    x, y = (torch.rand(6, 20, 12) < 0.3).double(), torch.randint(4, (6,))
+    state = copy.deepcopy(net.state_dict())
+    usual, _ = step(net, state, x, y, None)
+    again, _ = step(net, state, x, y, steps)
+    assert torch.equal(usual[0], again[0])
+    assert all(float(g.abs().max()) > 0 for g in usual)
+    for a, b in zip(usual, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_pieces_keep_states_only():
+    torch.manual_seed(0)
+    net = OverTime(nn.Linear(8, 64), LIF(0.9), nn.Linear(64, 64), LIF(0.9))
+    x = torch.rand(64, 8, 8)
+    found = []
+    for what in (None, 8):
+        recompute(net, what)
+        found.append(saved(net, x) / (8 * 64))
+    assert found[0] == pytest.approx(3 * 64, rel=0.01)  # two membranes, the spikes between
+    assert found[1] == pytest.approx(2 * 7, rel=0.01)  # the states of two layers between eight pieces
+
+
+def test_pieces_under_an_attack_and_compiled():
+    net = SpikingMLP(12, (16,), 4, time_steps=20)
+    x, y = (torch.rand(6, 20, 12) < 0.3).float(), torch.randint(4, (6,))
+    state = copy.deepcopy(net.state_dict())
+    usual, _ = step(net, state, x, y, None)
+    torch._dynamo.reset()
+    recompute(net, 10)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    again, _ = step(net, state, x, y, 10, lambda _, x, y: cross_entropy(compiled(x), y))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(usual, again, strict=True))
+    torch._dynamo.reset()
+    gradients = []
+    for what in (None, 10):
+        recompute(net, what)
+        oracle = Oracle(net, estimator=PDSG())
+        with oracle.attacking():
+            gradients.append(oracle.value_and_grad(x, y, attack_loss).grad)
+    assert torch.equal(*gradients)
+
+
 def test_no_graph_no_work(monkeypatch):
     net, x, _ = settled("convnet")
     recompute(net, "blocks")
@@ -182,7 +232,16 @@ def test_no_graph_no_work(monkeypatch):
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match="recompute must be 'norms', 'blocks' or None, got 'all'"):
+    with pytest.raises(
+        ValueError, match="recompute must be 'norms', 'blocks', a number of steps >= 1 or None, got 'all'"
+    ):
         recompute(MAKERS["convnet"](), "all")
+    for bad in (0, -1, True, 2.5):
+        with pytest.raises(ValueError, match="recompute must be"):
+            recompute(MAKERS["mlp"](), bad)
+    with pytest.raises(ValueError, match="BatchNorm2d normalises by the statistics of all steps"):
+        recompute(MAKERS["convnet"](), 2)
+    with pytest.raises(ValueError, match="ALIF cannot continue from a state"):
+        recompute(SpikingMLP(8, (4,), 2, time_steps=3, neuron=ALIF()), 2)
     with pytest.raises(ValueError, match="Linear has no OverTime inside"):
         recompute(nn.Linear(2, 2), "norms")
