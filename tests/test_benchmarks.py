@@ -95,13 +95,17 @@ def test_cascade_saves_passes_and_changes_nothing(load, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("module", ["training", "memory", "scaling", "precision"])
-def test_speed_benchmarks_run_and_write_their_tables(load, module, tmp_path):
+def test_speed_benchmarks_run_and_write_their_tables(load, module, monkeypatch, tmp_path):
     own = {
         "training": ["--networks", "tiny", "--rounds", "2"],
         "memory": ["--networks", "tiny", "layer-4"],
         "scaling": ["--small", "--rounds", "2"],
         "precision": ["--tasks", "digits", "--seeds", "1", "--epochs", "1"],
     }
+    if module == "memory":  # a process for one contestant only
+        memory = load(module)
+        peak = memory.peak
+        monkeypatch.setattr(memory, "peak", lambda name, who: peak(name, who) if who == memory.OURS else None)
     load(module).main([*own[module], "--out", str(tmp_path)])
     text = (tmp_path / f"{module}.md").read_text(encoding="utf-8")
     assert "python " in text
@@ -127,7 +131,8 @@ def test_rounding_is_compared_spike_by_spike(load):
     task = precision.TASKS["digits"]
     net = task.network()
     x, y = torch.rand(64, 1, 8, 8), torch.randint(10, (64,))
-    net(x)
+    for _ in range(50):
+        net(x)  # statistics with which all layers fire
     data = SimpleNamespace(test_dataloader=lambda: [(x, y), (x, y)])
     found = precision.compare(net.eval(), data)
     exact, spikes = precision.run(net, x, cast=False)
