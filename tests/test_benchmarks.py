@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,18 +94,55 @@ def test_cascade_saves_passes_and_changes_nothing(load, monkeypatch, tmp_path):
     assert "| cascade |" in (tmp_path / "cascade.md").read_text()
 
 
-@pytest.mark.parametrize("module", ["training", "memory", "scaling"])
-def test_speed_benchmarks_run_and_write_their_tables(load, module, tmp_path):
+@pytest.mark.parametrize("module", ["training", "memory", "scaling", "precision"])
+def test_speed_benchmarks_run_and_write_their_tables(load, module, monkeypatch, tmp_path):
     own = {
         "training": ["--networks", "tiny", "--rounds", "2"],
         "memory": ["--networks", "tiny", "layer-4"],
         "scaling": ["--small", "--rounds", "2"],
+        "precision": ["--tasks", "digits", "--seeds", "1", "--epochs", "1"],
     }
+    if module == "memory":  # a process for one contestant only
+        memory = load(module)
+        peak = memory.peak
+        monkeypatch.setattr(memory, "peak", lambda name, who: peak(name, who) if who == memory.OURS else None)
     load(module).main([*own[module], "--out", str(tmp_path)])
     text = (tmp_path / f"{module}.md").read_text(encoding="utf-8")
     assert "python " in text
-    assert text.count("\n|") > 4
+    assert text.count("\n|") >= 4
     assert json.loads((tmp_path / f"{module}.json").read_text(encoding="utf-8"))["provenance"]["commit"]
+
+
+def test_ways_to_save_memory_that_change_gradients_are_not_measured(load, monkeypatch):
+    memory = load("memory")
+    network = memory.EVERY["tiny"]
+    net, (x, y) = memory.contestants(network)[memory.OURS], memory.batch(network)
+    memory.check(net, x, y)
+    monkeypatch.setattr(
+        memory, "_choose", lambda net, way: net.net.features[0].weight.data.mul_(1.01 if way.again else 1)
+    )
+    with pytest.raises(RuntimeError, match="blocks again: other gradients"):
+        memory.check(net, x, y)
+
+
+def test_rounding_is_compared_spike_by_spike(load):
+    torch.manual_seed(0)
+    precision = load("precision")
+    task = precision.TASKS["digits"]
+    net = task.network()
+    x, y = torch.rand(64, 1, 8, 8), torch.randint(10, (64,))
+    for _ in range(50):
+        net(x)  # statistics with which all layers fire
+    data = SimpleNamespace(test_dataloader=lambda: [(x, y), (x, y)])
+    found = precision.compare(net.eval(), data)
+    exact, spikes = precision.run(net, x, cast=False)
+    rounded, others = precision.run(net, x, cast=True)
+    assert found["samples"] == 128
+    assert found["changed"] == pytest.approx(float((exact != rounded).float().mean()))
+    assert list(found["flipped"]) == list(spikes)
+    for name, s in spikes.items():
+        assert found["flipped"][name] == pytest.approx(float((s != others[name]).float().mean()))
+        assert 0 < found["flipped"][name] < found["fired"][name]
 
 
 def test_contestants_that_compute_something_else_are_not_timed(load):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from sg_lightning.backbones.recomputation import Recompute, again, in_pieces, refuse_pieces, segments
 from sg_lightning.domains import Domain
 from sg_lightning.encoding import Direct, Encoding
 from sg_lightning.neurons import ALIF, LIF, SpikingNeuron
@@ -33,15 +35,89 @@ def over_time(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class OverTime(nn.Sequential):
-    """Apply layers in turn to a sequence (T, B, ...): neurons see time, all other layers see it folded away."""
+    """Apply layers in turn to a sequence (T, B, ...): neurons see time, all other layers see it folded away.
+
+    Attributes:
+        recompute: What the backward pass computes again instead of keeping it, see :func:`recompute`.
+    """
 
     in_order = True  # each layer's output is the next one's input: attacks may fold batch norms
+    recompute: Recompute | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sequence (T, B, ...) after the last layer."""
-        for layer in self:
-            x = layer(x) if isinstance(layer, SpikingNeuron) else over_time(layer, x)
+        layers = list(self)
+        if self.recompute is None:
+            return _in_turn(layers, x)
+        if isinstance(self.recompute, int):
+            neurons = [layer for layer in layers if isinstance(layer, SpikingNeuron)]
+            if not torch.is_grad_enabled() or any(neuron.attack_rule is not None for neuron in neurons):
+                return _in_turn(layers, x)  # the rules of attacks look at whole sequences
+            return in_pieces(partial(_onwards, layers), layers, x, self.recompute, [None] * len(neurons))
+        for part, repeated in segments(layers, self.recompute):
+            run = partial(_in_turn, part)
+            x = again(run, part, x) if repeated else run(x)
         return x
+
+
+def _in_turn(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x) if isinstance(layer, SpikingNeuron) else over_time(layer, x)
+    return x
+
+
+def _onwards(layers: Sequence[nn.Module], x: Tensor, *states: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Apply layers to a piece of a sequence; return it and the neurons' new states."""
+    before, after = iter(states), []
+    for layer in layers:
+        if isinstance(layer, SpikingNeuron):
+            x, state = layer.forward_state(x, next(before))  # type: ignore[operator]
+            after.append(state)
+        else:
+            x = over_time(layer, x)
+    return x, *after
+
+
+def checked_recompute(what: Recompute | None) -> Recompute | None:
+    """Return what is to be recomputed, or raise ``ValueError`` if there is no such thing."""
+    steps = isinstance(what, int) and not isinstance(what, bool) and what >= 1
+    if not steps and what not in (None, "norms", "blocks"):
+        raise ValueError(f"recompute must be 'norms', 'blocks', a number of steps >= 1 or None, got {what!r}")
+    return what
+
+
+def recompute(network: nn.Module, what: Recompute | None) -> None:
+    """Let training keep fewer activations of a network, and compute the others again in the backward pass.
+
+    ``"norms"`` keeps what goes into a batch norm and the spikes behind it, and repeats norm and neuron, which are cheap.
+    ``"blocks"`` keeps spikes only and repeats all that lies between, so about one forward pass more. Together with
+    :class:`~sg_lightning.neurons.compact_spikes`, spikes then take a byte each. Loss, gradients and batch-norm statistics
+    are the same. A number n, for long sequences: run n steps at a time and keep the neurons' states between; memory for
+    activations is that of n steps, losses are the same, gradients equal up to rounding, and random layers draw other
+    numbers.
+
+    Args:
+        network: A network of this library, or one with :class:`OverTime` inside.
+        what: ``"norms"``, ``"blocks"``, a number of steps, or ``None`` to keep everything.
+
+    Raises:
+        ValueError: An unknown ``what``, or a network without such layers; a number of steps with batch norms, whose
+            statistics are those of all steps, or with neurons that cannot continue from a state.
+
+    Source:
+        Chen et al., "Training deep nets with sublinear memory cost", arXiv 1604.06174.
+    """
+    checked_recompute(what)
+    found = [module for module in network.modules() if isinstance(module, OverTime)]
+    if not found:
+        raise ValueError(
+            f"{type(network).__name__} has no OverTime inside, so there is nothing to recompute; build it of "
+            "sg_lightning.backbones, or call torch.utils.checkpoint in your own network"
+        )
+    if isinstance(what, int):
+        refuse_pieces(found)
+    for module in found:
+        module.recompute = what
 
 
 def positive(name: str, value: object) -> int:

@@ -3,6 +3,7 @@
 from sg_lightning.neurons import surrogates
 from sg_lightning.neurons.adaptive import ALIF
 from sg_lightning.neurons.base import SpikingNeuron
+from sg_lightning.neurons.compact import compact_spikes
 from sg_lightning.neurons.integrator import LeakyIntegrator
 from sg_lightning.neurons.lif import LIF, RecurrentLIF
 from sg_lightning.neurons.paths import use_path
@@ -21,6 +22,7 @@ __all__ = [
     "SpikingNeuron",
     "Surrogate",
     "Trace",
+    "compact_spikes",
     "from_snntorch",
     "fuse_snntorch",
     "surrogates",

@@ -17,6 +17,7 @@ from sg_lightning.neurons.base import (
     SpikingNeuron,
     check_sequence,
     checked_parameter,
+    compute_dtype,
     resolve_surrogate,
 )
 from sg_lightning.neurons.rules import BackwardRule, GivenSlopes, SlopeRule
@@ -204,9 +205,34 @@ class LIF(_LeakyFire):
         self._check(x)
         if state is not None and state.shape != x.shape[1:]:
             raise ValueError(f"state has shape {tuple(state.shape)}, but the input needs {tuple(x.shape[1:])}")
-        beta, theta = self._broadcast(x)
-        spikes, _, state = reference.simulate(x, beta, theta, self.dynamics, self.gradient_rule, state=state)
-        return spikes, state
+        beta, theta = (p.to(compute_dtype(x)) for p in self._broadcast(x))
+        if self._readable(self.gradient_rule):
+            spikes, _, state = reference.simulate(x, beta, theta, self.dynamics, self.gradient_rule, state=state)
+            return spikes, state
+        # What the state adds to the first step goes into its current, in the order in which the loop adds it up.
+        current = x if state is None else torch.cat([self._with_state(x[:1], state, beta, theta), x[1:].to(beta.dtype)])
+        spikes, u = fused.simulate(
+            current, self._leak(), self.threshold, self.dynamics, self.gradient_rule, membrane=True
+        )
+        assert u is not None
+        return spikes.to(x.dtype), self._state(u[-1], spikes[-1].to(u.dtype), theta)
+
+    def _with_state(self, x: Tensor, state: Tensor, beta: Tensor, theta: Tensor) -> Tensor:
+        dynamics = self.dynamics
+        if not dynamics.reset_delay or dynamics.reset == "none":
+            return beta * state + x
+        fired = reference.spike(state - theta, self.gradient_rule, dynamics.fire_at_threshold)
+        fired = fired.detach() if dynamics.detach_reset else fired
+        if dynamics.reset == "zero":
+            return beta * ((1 - fired) * state) + x
+        return beta * state + x - fired * theta
+
+    def _state(self, u: Tensor, fired: Tensor, theta: Tensor) -> Tensor:
+        dynamics = self.dynamics
+        if dynamics.reset_delay or dynamics.reset == "none":
+            return u
+        fired = fired.detach() if dynamics.detach_reset else fired
+        return (1 - fired) * u if dynamics.reset == "zero" else u - fired * theta
 
     def path(self, x: Tensor) -> paths.Choice:
         """Say which path a forward pass with input ``x`` (T, B, ...) takes now, and why."""
@@ -288,11 +314,27 @@ class RecurrentLIF(_LeakyFire):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the spikes (T, B, N) that the currents ``x`` (T, B, N) cause, starting from rest."""
+        self._check(x)
+        beta, theta = self._broadcast(x)
+        rule = self._rule_of_steps(x, beta, theta, self.recurrent)
+        return reference.simulate(x, beta, theta, self.dynamics, rule, recurrent=self.recurrent)[0]
+
+    def forward_state(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Continue from a state; as in :class:`LIF`, with a state (2, B, N): that of the membranes, and the last spikes."""
+        self._check(x)
+        if state is not None and state.shape != (2, *x.shape[1:]):
+            raise ValueError(f"state has shape {tuple(state.shape)}, but the input needs {(2, *x.shape[1:])}")
+        beta, theta = self._broadcast(x)
+        before, fired = (None, None) if state is None else state.unbind(0)
+        spikes, _, after = reference.simulate(
+            x, beta, theta, self.dynamics, self.gradient_rule,
+            state=before, spikes_before=fired, recurrent=self.recurrent,
+        )  # fmt: skip
+        return spikes, torch.stack([after, spikes[-1].to(after.dtype)])
+
+    def _check(self, x: Tensor) -> None:
         check_sequence(x, "RecurrentLIF", rank=3)
         if x.shape[2] != self.features:
             raise ValueError(
                 f"RecurrentLIF has {self.features} neurons but the input {tuple(x.shape)} has {x.shape[2]}"
             )
-        beta, theta = self._broadcast(x)
-        rule = self._rule_of_steps(x, beta, theta, self.recurrent)
-        return reference.simulate(x, beta, theta, self.dynamics, rule, recurrent=self.recurrent)[0]

@@ -87,6 +87,7 @@ def simulate(
     rule: Surrogate | Sequence[Surrogate],
     *,
     state: Tensor | None = None,
+    spikes_before: Tensor | None = None,
     recurrent: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the neuron over time.
@@ -98,6 +99,7 @@ def simulate(
         dynamics: Reset and firing rule.
         rule: Surrogate of the backward pass, or one per step.
         state: What an earlier call returned as its third value; ``None`` starts at 0.
+        spikes_before: The last spikes (B, ...) of that call, which feed back where there is feedback; ``None``: none.
         recurrent: Maps the last spikes (B, ...) to a current that is added.
 
     Returns:
@@ -113,7 +115,8 @@ def simulate(
 
     of_step = [rule] * len(x) if isinstance(rule, Surrogate) else rule
     c = torch.zeros_like(x[0], dtype=dtype) if state is None else state.to(dtype)
-    s = r = torch.zeros_like(c)
+    r = torch.zeros_like(c)
+    s = r if spikes_before is None else spikes_before.to(dtype)
     if state is not None and dynamics.reset_delay:
         r = reset_signal(spike(c - theta, of_step[0], dynamics.fire_at_threshold))
         c = (1 - r) * c if zero else c

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sg_lightning.neurons import LIF, SpikingNeuron, eager, fused
+from sg_lightning.neurons import LIF, RecurrentLIF, SpikingNeuron, eager, fused
 from sg_lightning.neurons.surrogates import (
     Atan,
     FastSigmoid,
@@ -268,6 +268,38 @@ def test_streaming_in_pieces_equals_one_call(options):
     )
     with pytest.raises(ValueError, match=r"state has shape \(1, 4\).*\(2, 4\)"):
         neuron.forward_state(x, torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_streaming_has_the_same_spikes_in_other_precisions(options, backend, dtype):
+    neuron = LIF(0.83, 0.7, **options, backend=backend)
+    x = currents(40, 3, 50).to(dtype)
+    whole, state, pieces = neuron(x), None, []
+    for piece in x.split(7):
+        spikes, state = neuron.forward_state(piece, state)
+        pieces.append(spikes)
+    assert 0.02 < float(whole.float().mean()) < 0.9
+    assert torch.equal(torch.cat(pieces), whole)
+    assert pieces[0].dtype == dtype
+    assert state.dtype == torch.float32
+
+
+def test_streaming_with_feedback_equals_one_call(options):
+    neuron = RecurrentLIF(4, 0.8, 0.9, **options, learn_beta=True).double()
+    x = currents(8, 2, 4).requires_grad_()
+    whole = neuron(x)
+    first, state = neuron.forward_state(x[:3])
+    second, state = neuron.forward_state(x[3:], state)
+    assert torch.equal(torch.cat([first, second]), whole)
+    wanted = [x, neuron.beta, neuron.recurrent.weight]
+    g = torch.randn_like(whole)
+    assert_gradients_close(
+        torch.autograd.grad((torch.cat([first, second]) * g).sum(), wanted),
+        torch.autograd.grad((whole * g).sum(), wanted),
+    )
+    with pytest.raises(ValueError, match=r"state has shape \(2, 4\).*\(2, 2, 4\)"):
+        neuron.forward_state(x, state[0])
 
 
 @pytest.mark.parametrize("backend", ["fused", "reference"])
