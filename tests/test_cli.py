@@ -291,7 +291,7 @@ def test_interrupted_runs_say_how_to_go_on():
     while not last.exists() and time.monotonic() < deadline and started.poll() is None:
         time.sleep(0.05)
     started.send_signal(signal.SIGINT)
-    _, errors = started.communicate(timeout=120)
+    _, errors = started.communicate(timeout=250)
     assert started.returncode != 0
     assert "Traceback" not in errors
     found = re.search(r"To go on:  sg-lightning (fit -c \S+ --ckpt_path \S+)", errors)
