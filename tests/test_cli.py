@@ -283,15 +283,18 @@ def test_interrupted_runs_say_how_to_go_on():
     words = ["fit", *compose(), *TINY, "--trainer.max_epochs=100000", "--trainer.callbacks=null",
              "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    started = subprocess.Popen(
-        [sys.executable, "-m", "sg_lightning.cli", *words], stderr=subprocess.PIPE, text=True, env=environment
-    )
+    # A run of tests in the background ignores SIGINT, and hands that on.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from sg_lightning.cli import main; main()"
+    started = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True, env=environment)
     last = Path("lightning_logs/version_0/checkpoints/last.ckpt")
     deadline = time.monotonic() + 120
     while not last.exists() and time.monotonic() < deadline and started.poll() is None:
         time.sleep(0.05)
     started.send_signal(signal.SIGINT)
-    _, errors = started.communicate(timeout=250)
+    try:
+        _, errors = started.communicate(timeout=120)
+    finally:
+        started.kill()
     assert started.returncode != 0
     assert "Traceback" not in errors
     found = re.search(r"To go on:  sg-lightning (fit -c \S+ --ckpt_path \S+)", errors)
