@@ -80,7 +80,7 @@ def runs(tmp_path_factory):
         patch.setenv("WANDB_MODE", "offline")  # the logger sets it too, and would leave it behind
         Path("loggers.yaml").write_text(LOGGERS)
         every = ["--trainer.callbacks.every_n_epochs=1", "--trainer.callbacks.max_samples=16",
-                 "--trainer.callbacks+=SparseGradient"]  # fmt: skip
+                 "--trainer.callbacks+=SparseGradient", "--trainer.callbacks.weight=0.02"]  # fmt: skip
         for _ in range(2):
             main(["fit", *WORDS, "-c", "loggers.yaml", *TINY, *SHORT, *every])
             wandb.finish()
