@@ -15,7 +15,7 @@ from sg_lightning.callbacks.loggers import TABLE, log_animation
 from sg_lightning.cli import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-WORDS = [word for name in ("data/digits", "model/convnet", "method/sr", "trainer/cpu")
+WORDS = [word for name in ("data/digits", "model/convnet", "method/vanilla", "trainer/cpu")
          for word in ("-c", str(CONFIGS / f"{name}.yaml"))]  # fmt: skip
 TINY = ["--model.backbone.time_steps=2", "--model.backbone.channels=[4,4]", "--model.backbone.hidden=8"]
 SHORT = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1",
@@ -79,7 +79,8 @@ def runs(tmp_path_factory):
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("WANDB_MODE", "offline")  # the logger sets it too, and would leave it behind
         Path("loggers.yaml").write_text(LOGGERS)
-        every = ["--trainer.callbacks.every_n_epochs=1", "--trainer.callbacks.max_samples=16"]
+        every = ["--trainer.callbacks.every_n_epochs=1", "--trainer.callbacks.max_samples=16",
+                 "--trainer.callbacks+=SparseGradient", "--trainer.callbacks.weight=0.02"]  # fmt: skip
         for _ in range(2):
             main(["fit", *WORDS, "-c", "loggers.yaml", *TINY, *SHORT, *every])
             wandb.finish()
