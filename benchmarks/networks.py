@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sg_lightning.backbones.base import OverTime, initialise, over_time
-from sg_lightning.neurons import LIF, RecurrentLIF, surrogates
+from sg_lightning.neurons import LIF, RecurrentLIF, surrogates, use_path
 
 BETA, ALPHA = 0.5, 2.0
 
@@ -168,7 +168,7 @@ class _Floor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the rectified sequence."""
         if self.feedback is None:
-            return torch.relu(x)
+            return torch.relu(x).contiguous()  # all steps: else a constant input would stay one through all layers
         active, sequence = torch.zeros_like(x[0]), []
         for now in x.unbind(0):
             active = torch.relu(now + self.feedback(active)).clamp_max(1.0)
@@ -177,8 +177,8 @@ class _Floor(nn.Module):
 
 
 def floor(layers: nn.ModuleList) -> nn.Module:
-    """Return the net with a ReLU at every mark, constant inputs once."""
-    net = Folded(layers, lambda mark: nn.ReLU() if mark.feedback is None else _Floor(mark))
+    """Return the net with a ReLU over all steps at every mark; what comes before the first one runs once, as in ours."""
+    net = Folded(layers, _Floor)
     net.features = _Sequence(*net.features)
     return net
 
@@ -280,6 +280,15 @@ def spikingjelly(layers: nn.ModuleList, beta: float) -> nn.Module:
     if any(isinstance(layer, Mark) and layer.feedback is not None for layer in layers):
         raise NotImplementedError("no multi-step mode with feedback")
     return _Repeated(layers, lambda mark: _LIFNode(beta))
+
+
+class Compiled(Folded):
+    """Ours on compiled code, which a run takes by itself only when it has been long enough."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, K)."""
+        with use_path("compiled"):
+            return super().forward(x)
 
 
 def firing(net: Folded, x: Tensor) -> list[float]:

@@ -33,14 +33,8 @@ from sg_lightning.attacks import Oracle
 from sg_lightning.attacks.losses import cross_entropy as attack_loss
 
 ROOT = Path(__file__).parent.parent
-STEP, FOLD, JELLY, OURS, FLOOR = (
-    "snnTorch, stepped",
-    "snnTorch, folded",
-    "spikingjelly, multi-step",
-    "ours",
-    "ReLU (floor)",
-)
-KINDS = ("train", "pgd")
+STEP, FOLD, JELLY = "snnTorch, stepped", "snnTorch, folded", "spikingjelly, multi-step"
+OURS, COMPILED, FLOOR = "ours", "ours, compiled", "ReLU (floor)"
 
 
 class Static(nn.Module):
@@ -62,6 +56,7 @@ def contestants(network: Network) -> dict[str, nn.Module]:
         STEP: networks.SnnTorchSteps(layers, network.beta),
         FOLD: networks.snntorch_fold(layers, network.beta),
         OURS: Folded(layers, networks.ours(network.beta)),
+        COMPILED: networks.Compiled(layers, networks.ours(network.beta)),
         FLOOR: networks.floor(layers),
     }
     if importlib.util.find_spec("spikingjelly") and all(
@@ -168,7 +163,7 @@ def attack_step(
             for _step in range(3):
                 point = project(point, oracle.value_and_grad(point, y, attack_loss).grad)
 
-    return usual if backward or not isinstance(net.net, Folded) or type(net.net) is not Folded else engine
+    return engine if type(net.net) in (Folded, networks.Compiled) else usual
 
 
 def _cast(dtype: torch.dtype | None) -> Any:
