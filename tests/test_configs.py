@@ -44,8 +44,8 @@ class Rasters(pl.LightningDataModule):
     val_dataloader = train_dataloader
 
 
-def writers():
-    spec = importlib.util.spec_from_file_location("written", Path(__file__).parent / "datamodules/test_images.py")
+def writers(name="test_images"):
+    spec = importlib.util.spec_from_file_location("written", Path(__file__).parent / f"datamodules/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -62,12 +62,17 @@ def content(*parts):
 
 
 def tiny_data(config):
-    """Write a few images in the original files, and return the options that use them."""
+    """Write a few samples in the original files, and return the options that use them."""
     kind = config["data"]["class_path"].rsplit(".", 1)[-1]
-    make = writers()
     if kind in ("Digits", "MultimodalDigits", "SpokenDigits"):
         return []
-    if "MNIST" in kind:
+    make = writers({"SHD": "test_shd", "CIFAR10DVS": "test_event_cameras"}.get(kind, "test_images"))
+    if kind == "SHD":
+        Path("data").mkdir()
+        make.write_set(Path("data"))
+    elif kind == "CIFAR10DVS":
+        make.write.put(Path("data"), make.files(make.CIFAR10DVS))
+    elif "MNIST" in kind:
         make.write_idx(Path("data"))
     else:
         make.write_cifar(Path("data"), 100 if kind == "CIFAR100" else 10)
@@ -85,7 +90,7 @@ def test_every_file_says_what_it_is_for():
             assert f"#   sg-lightning fit -c configs/experiments/{path.name}\n" in head[0]
             measured = "Measured on .* seconds .*Accuracy on .* test digits: .* under suite (basic|quick) "
             unmeasured = "Accuracy and running time are not measured yet"
-            wanted = measured if "digits" in path.stem else unmeasured
+            wanted = measured if "digits" in path.stem else unmeasured  # those of big sets
             assert re.search(wanted, " ".join(head[0].split("\n# "))), path
 
 
@@ -132,7 +137,7 @@ def test_schedules_of_the_big_networks_fit_the_big_trainers(model, trainer):
     assert schedule["init_args"]["T_max"] == content("trainer", trainer)["trainer"]["max_epochs"]
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("cifar10")])
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("cifar10_vgg11") or "wrn" in name])
 def test_cifar_experiments_have_the_settings_of_the_paper(name):
     config = content("experiments", name)
     tiny_data(config)
