@@ -109,6 +109,9 @@ NETWORKS = {
     "shd": Network(
         "dense 700-256-256-20, T = 100", _dense, (700,), steps=100, batch=64, constant=False, rate=0.02, beta=0.9
     ),
+    "shd-16": Network(
+        "dense 700-256-256-20, T = 100", _dense, (700,), steps=100, batch=16, constant=False, rate=0.02, beta=0.9
+    ),
     "shd-recurrent": Network(
         "recurrent 700-256-256-20, T = 100", lambda: _dense(recurrent=True), (700,), steps=100, batch=64, constant=False,
         rate=0.02, beta=0.9,

@@ -1,12 +1,12 @@
 """Training and attack steps of whole networks: ours against snnTorch, spikingjelly and the same network with ReLU.
 
-    python benchmarks/training.py --networks vgg shd shd-recurrent dvs
+    python benchmarks/training.py
 
 You will see: CPU time of a training step (forward, backward, SGD with momentum) and of a PGD step (gradient with respect
 to the input, projection) of every contestant, in turns, and the ratio to snnTorch stepped over time (what most code does)
 and to the floor, the same network with every neuron replaced by ReLU. All contestants have the same weights; that spikes
 and gradients agree is checked before anything is timed. spikingjelly takes part where it is installed.
-Results go to benchmarks/results (training.json, training.md, training.png).
+Results go to benchmarks/results (training.json, training.md, training.png); those of networks not named stay.
 """
 
 from __future__ import annotations
@@ -220,18 +220,21 @@ def spread(values: Sequence[float]) -> str:
 def table(results: dict[str, Any]) -> str:
     """Write the results as Markdown."""
     head = (
-        f"{measured(results['provenance'])}. {results['rounds']} rounds in turns; medians, quartiles in brackets; CPU time. "
-        "Speed-up is over snnTorch stepped over time in fp32, whose PGD step calls `loss.backward()`; time / floor is "
-        "against the network with ReLU in the same precision."
+        "Medians of rounds in turns, quartiles in brackets; CPU time. Speed-up is over snnTorch stepped over time in fp32, whose "
+        "PGD steps call `loss.backward()`; time / floor is against the network with ReLU in the same precision. A PGD row is "
+        "three steps."
     )
-    lines = [
-        head, "", "| Network | Step | Precision | Contestant | ms | Speed-up | Time / floor |", "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for record in results["records"]:
-        lines.append(
-            f"| {record['network']} | {record['kind']} | {record['precision']} | {record['contestant']} | "
-            f"{1000 * median(record['seconds']):.0f} | {spread(record['speedup'])} | {spread(record['over_floor'])} |"
-        )
+    lines = [head]
+    for name, one in results.items():
+        lines += [
+            "", f"**{name}**: {one['title']}, B = {one['batch']}; {one['rounds']} rounds. {measured(one['provenance'])}.",
+            "", "| Step | Precision | Contestant | ms | Speed-up | Time / floor |", "|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for record in one["records"]:
+            lines.append(
+                f"| {record['kind']} | {record['precision']} | {record['contestant']} | "
+                f"{1000 * median(record['seconds']):.0f} | {spread(record['speedup'])} | {spread(record['over_floor'])} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -242,16 +245,15 @@ def plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cells = list(dict.fromkeys((r["network"], r["kind"], r["precision"]) for r in results["records"]))
-    names = list(dict.fromkeys(r["contestant"] for r in results["records"] if r["contestant"] != FLOOR))
+    records = [record for one in results.values() for record in one["records"]]
+    cells = list(dict.fromkeys((r["network"], r["kind"], r["precision"]) for r in records))
+    names = list(dict.fromkeys(r["contestant"] for r in records if r["contestant"] != FLOOR))
     figure, axes = plt.subplots(figsize=(1.5 + 1.15 * len(cells), 4.2), layout="constrained")
     width = 0.8 / len(names)
     for place, name in enumerate(names):
         for column, cell in enumerate(cells):
             found = [
-                r
-                for r in results["records"]
-                if (r["network"], r["kind"], r["precision"]) == cell and r["contestant"] == name
+                r for r in records if (r["network"], r["kind"], r["precision"]) == cell and r["contestant"] == name
             ]
             if found:
                 axes.bar(column + (place - (len(names) - 1) / 2) * width, median(found[0]["over_floor"]), width,
@@ -268,18 +270,24 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=["vgg", "shd", "shd-recurrent", "dvs"], choices=NETWORKS)
+    parser.add_argument(
+        "--networks", nargs="+", default=["vgg", "shd", "shd-16", "shd-recurrent", "dvs"], choices=NETWORKS
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    results = {
-        "provenance": provenance(["torch", "snntorch", "spikingjelly", "sg-lightning"]), "rounds": args.rounds,
-        "records": [r for name in args.networks for r in measure(name, args.rounds, args.precisions)],
-    }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "training.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path = args.out / "training.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name in args.networks:  # those of other runs stay
+        results[name] = {
+            "title": NETWORKS[name].title, "batch": NETWORKS[name].batch, "rounds": args.rounds,
+            "records": measure(name, args.rounds, args.precisions),
+            "provenance": provenance(["torch", "snntorch", "spikingjelly", "sg-lightning"]),
+        }  # fmt: skip
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (args.out / "training.md").write_text(table(results), encoding="utf-8")
     plot(results, args.out / "training.png")
     print(table(results))
