@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -65,6 +66,7 @@ def provenance(packages: Sequence[str]) -> dict[str, Any]:
         "machine": f"{_processor()}, {torch.get_num_threads()} thread",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages if _version(name)},
+        "allocator": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")},
     }
 
 
@@ -78,8 +80,9 @@ def into_docs(text: str, path: Path, name: str) -> None:
 def measured(made: dict[str, Any]) -> str:
     """Write a provenance as the start of a sentence."""
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    allocator = "".join(f"{name}={value} " for name, value in made.get("allocator", {}).items())
     return (
-        f"Measured with `{made['command']}` at commit {made['commit']}, {made['date']}; {made['machine']}; Python "
+        f"Measured with `{allocator}{made['command']}` at commit {made['commit']}, {made['date']}; {made['machine']}; Python "
         f"{made['python']}, {versions}"
     )
 

@@ -251,13 +251,15 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(1.5 + 1.15 * len(cells), 4.2), layout="constrained")
     width = 0.8 / len(names)
     for place, name in enumerate(names):
+        named = False
         for column, cell in enumerate(cells):
             found = [
                 r for r in records if (r["network"], r["kind"], r["precision"]) == cell and r["contestant"] == name
             ]
             if found:
                 axes.bar(column + (place - (len(names) - 1) / 2) * width, median(found[0]["over_floor"]), width,
-                         color=f"C{place}", label=name if column == 0 else None)  # fmt: skip
+                         color=f"C{place}", label=None if named else name)  # fmt: skip
+                named = True
     axes.axhline(1.0, color="0.3", linewidth=1)
     axes.set_xticks(range(len(cells)), ["\n".join(cell) for cell in cells], fontsize=8)
     axes.set_ylabel("time / time with ReLU (lower is better)")
