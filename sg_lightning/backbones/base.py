@@ -323,7 +323,13 @@ class ImageBackbone(Backbone):
 
     def check_input(self, x: Tensor) -> None:
         """Raise an error that says what is wrong, also where frames of events come to a network for images."""
-        if isinstance(x, Tensor) and x.dim() == 5 and len(self.input_shape) == 3:
+        size = self.input_shape[1:]
+        if (
+            isinstance(x, Tensor)
+            and x.dim() == 5
+            and len(size) == 2
+            and (x.shape[3] == x.shape[4] or x.shape[3:] == size)
+        ):
             raise ValueError(
                 f"{type(self).__name__} was built for images (B, C, H, W), got {tuple(x.shape)}, as frames of events have: "
                 "give it encoding=Frames(), on the command line --model.backbone.encoding=Frames"

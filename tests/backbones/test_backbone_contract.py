@@ -536,4 +536,5 @@ def test_public_names():
         "SpikingMLP",
         "VGG",
         "WideResNet",
+        "recompute",
     }
