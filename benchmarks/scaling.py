@@ -3,7 +3,7 @@
     python benchmarks/scaling.py
 
 You will see: CPU time of forward and backward of one LIF layer for T = 1 to 128 and B = 1 to 1024, of the dense network
-of benchmarks/training.py for T B up to 512 samples and steps, and of the event network for images of 32 to 128 pixels;
+of benchmarks/training.py for T B up to 512 samples and steps, and of the event network for images of 64 to 256 pixels;
 the exponent of each growth, fitted on logarithms past the start-up cost (linear is 1), and the cost per element and step.
 Results go to benchmarks/results (scaling.json, scaling.md, scaling.png).
 """
@@ -72,7 +72,7 @@ def cases(*, small: bool) -> dict[str, dict[int, tuple[Callable[[int], None], in
         f"dense net, B (T = {steps})": {2**k: network(dense, steps, 2**k) for k in range(3 if small else 7)},
     }
     if not small:
-        found["event net, pixels (T = 4, B = 2)"] = {s * s: network("dvs", 4, 2, s) for s in (32, 64, 96, 128)}
+        found["event net, pixels (T = 4, B = 2)"] = {s * s: network("dvs", 4, 2, s) for s in (64, 128, 192, 256)}
     return found
 
 
