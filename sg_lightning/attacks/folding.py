@@ -28,10 +28,9 @@ def folded(model: object) -> Iterator[None]:
         model: The model; anything but a module is left alone. As it was afterwards, also after an exception.
     """
     held: list[tuple[nn.Module, str, nn.Module]] = []
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    compiled = any(hasattr(module, "_orig_mod") for module in modules)
+    modules = list(model.modules()) if isinstance(model, nn.Module) and not is_compiled(model) else []
     try:
-        for sequence in () if compiled else filter(_in_order, modules):
+        for sequence in filter(_in_order, modules):
             for (place, layer), (after, norm) in pairwise(list(sequence._modules.items())):
                 merged = _merged(layer, norm)
                 if merged is not None and layer is not None and norm is not None:
@@ -41,6 +40,11 @@ def folded(model: object) -> Iterator[None]:
     finally:
         for sequence, place, layer in reversed(held):
             sequence._modules[place] = layer
+
+
+def is_compiled(model: object) -> bool:
+    """Tell whether ``torch.compile`` made the model or a part of it."""
+    return isinstance(model, nn.Module) and any(hasattr(module, "_orig_mod") for module in model.modules())
 
 
 def _in_order(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sg_lightning.attacks.estimators import Estimator, Memory
-from sg_lightning.attacks.folding import folded
+from sg_lightning.attacks.folding import folded, is_compiled
 from sg_lightning.attacks.losses import Loss
 from sg_lightning.attacks.rest import Rest
 from sg_lightning.attacks.room import Room, rounded_up
@@ -113,6 +113,7 @@ class Oracle:
         if refusal is not None:
             raise ValueError(refusal)
         self.room.samples = self.batch_size if self.room.samples is None else self.room.samples
+        self._compiled = is_compiled(self.model)  # once: every forward pass asks
         self._depth = 0
         self.classes = 0  # known after the first forward pass
 
@@ -120,10 +121,6 @@ class Oracle:
     def modules(self) -> list[nn.Module]:
         """Every sub-module of the model; empty for a plain function."""
         return list(self.model.modules()) if isinstance(self.model, nn.Module) else []
-
-    @property
-    def _compiled(self) -> bool:
-        return any(hasattr(module, "_orig_mod") for module in self.modules)
 
     @property
     def passes(self) -> int:

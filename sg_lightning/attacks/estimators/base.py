@@ -34,6 +34,9 @@ class Memory:
 
     def put(self, parts: list[Memory]) -> None:
         """Take over what was gathered in chunks of the batch."""
+        if len(parts) == 1:
+            self.values = parts[0].values
+            return
         keys = parts[0].values.keys()
         self.values = {key: torch.cat([part.values[key] for part in parts]) for key in keys}
 
