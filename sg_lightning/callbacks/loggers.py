@@ -29,6 +29,13 @@ def folder_of(logger: Logger) -> Path:
     return Path(own) if own else Path(logger.save_dir or ".") / str(logger.name) / str(logger.version)
 
 
+def _file(logger: Logger, kind: str, name: str, step: int, ending: str) -> Path:
+    """Return where a logger that cannot show something gets it as a file."""
+    path = folder_of(logger) / kind / f"{name.replace('/', '_')}_{step}.{ending}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 @singledispatch
 def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
     """Log a matplotlib figure; a logger without pictures gets a PNG in its folder.
@@ -39,9 +46,7 @@ def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
         figure: The figure.
         step: Global step.
     """
-    path = folder_of(logger) / "figures" / f"{name.replace('/', '_')}_{step}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(_file(logger, "figures", name, step, "png"))
 
 
 @singledispatch
@@ -55,9 +60,7 @@ def log_table(logger: Logger, name: str, columns: Sequence[str], rows: Sequence[
         rows: One sequence per row.
         step: Global step.
     """
-    path = folder_of(logger) / "tables" / f"{name.replace('/', '_')}_{step}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with _file(logger, "tables", name, step, "csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
 
 
@@ -71,9 +74,7 @@ def log_animation(logger: Logger, name: str, gif: bytes, step: int) -> None:
         gif: Content of the file.
         step: Global step.
     """
-    path = folder_of(logger) / "figures" / f"{name.replace('/', '_')}_{step}.gif"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gif)
+    _file(logger, "figures", name, step, "gif").write_bytes(gif)
 
 
 @log_animation.register(DummyLogger)

@@ -61,9 +61,9 @@ def examples_figure(result: RobustnessResult, name: str = "") -> Figure:
     if not by_norm:
         raise ValueError("the result holds no examples: no attack succeeded, or the evaluation kept none")
     groups = max(len(found) for found in by_norm.values())
-    plane = as_plane(attacked(shown[0])[1])
-    raster = attacked(shown[0])[1].dim() == 2
-    aspect = 0.8 if raster else min(max(plane.shape[0] / plane.shape[1], 0.35), 1.6)
+    sample = attacked(shown[0])[1]
+    plane = as_plane(sample)
+    aspect = 0.8 if sample.dim() == 2 else min(max(plane.shape[0] / plane.shape[1], 0.35), 1.6)
     figure = style.new_figure(1.35 * 3 * groups + 1.4, (1.35 * aspect + 0.32) * len(by_norm) + 0.75)
     # A narrow empty column sets the groups of three apart.
     widths = ([1, 1, 1, 0.18] * groups)[:-1]
