@@ -10,18 +10,16 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import time
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from sg_lightning.neurons import eager
 from sg_lightning.neurons.base import Dynamics
 from sg_lightning.neurons.eager import Gradients, Needs, carried, reduced
+from sg_lightning.neurons.inductor import Compiled
 from sg_lightning.neurons.surrogates import Surrogate, of_code
 
 _CHUNK = 16  # steps: longer bodies compile for longer and do not fit the registers
@@ -39,10 +37,12 @@ def forward(x: Tensor, beta: Tensor, theta: Tensor, dynamics: Dynamics, keep: bo
     c = s_last = beta.new_zeros(size)
     spikes = x.new_empty((steps, size))
     membranes = x.new_empty((steps, size), dtype=beta.dtype) if keep else None
+    spike_rows = list(spikes.unbind(0))
+    membrane_rows = None if membranes is None else list(membranes.unbind(0))
     for rows in _chunks(steps):
-        out = _rows(spikes[rows]), None if membranes is None else _rows(membranes[rows])
+        out = spike_rows[rows], None if membrane_rows is None else membrane_rows[rows]
         run = _forward(rows.stop - rows.start, *kind)
-        c, s_last = run(_alone(x if constant else x[rows]), c, s_last, beta, theta, *out)
+        c, s_last = run(size, x if constant else x[rows], c, s_last, beta, theta, *out)
     return spikes, membranes
 
 
@@ -73,10 +73,11 @@ def backward(
     later = u.new_zeros(size)
     dx = u.new_empty((steps, size), dtype=dtype) if need[0] else None
     totals = [u.new_zeros(size) if n else None for n in need[1:]]
+    dx_rows = None if dx is None else list(dx.unbind(0))
     for rows in reversed(_chunks(steps)):
-        parts = (None if t is None else _alone(t[rows]) for t in (g, h, u))
+        parts = (None if t is None else t[rows] for t in (g, h, u))
         run = _backward(rows.stop - rows.start, *kind)
-        later, *sums = run(*parts, later, beta, theta, None if dx is None else _rows(dx[rows]))
+        later, *sums = run(size, *parts, later, beta, theta, None if dx_rows is None else dx_rows[rows])
         for total, piece in zip(totals, sums, strict=True):
             if total is not None:
                 total += piece
@@ -115,27 +116,13 @@ def _chunks(steps: int) -> list[slice]:
     return [slice(low, high) for low, high in itertools.pairwise(ends)]
 
 
-def _alone(t: Tensor) -> Tensor:
-    """Return the tensor as one whose storage, for all that torch knows, is its own.
-
-    torch.compile would compile anew for a view that begins elsewhere in its storage, and would copy the whole storage
-    if views of it are written to.
-    """
-    return from_dlpack(to_dlpack(t))
-
-
-def _rows(t: Tensor) -> list[Tensor]:
-    """Return the time steps of a matrix as tensors that compiled code may write to."""
-    return [_alone(row) for row in t.unbind(0)]
-
-
 def _kind(like: Tensor, beta: Tensor, theta: Tensor) -> tuple[Any, ...]:
     # Inductor writes the number of threads into the code.
     return like.dtype, beta.dtype, beta.dim(), theta.dim(), torch.get_num_threads()
 
 
 @functools.cache
-def _forward(steps: int, code: str, keep: bool, constant: bool, *kind: Any) -> Callable[..., Any]:
+def _forward(steps: int, code: str, keep: bool, constant: bool, *kind: Any) -> Compiled:
     dynamics = Dynamics.of_code(code)
     fires = torch.ge if dynamics.fire_at_threshold else torch.gt
 
@@ -159,11 +146,11 @@ def _forward(steps: int, code: str, keep: bool, constant: bool, *kind: Any) -> C
                 u_rows[t].copy_(u)
         return c, s
 
-    return _compiled(body, f"forward, {steps} steps, {code}")
+    return Compiled(body, f"forward, {steps} steps, {code}")
 
 
 @functools.cache
-def _backward(steps: int, code: str, rule_code: str, need: Needs, *kind: Any) -> Callable[..., Any]:
+def _backward(steps: int, code: str, rule_code: str, need: Needs, *kind: Any) -> Compiled:
     dynamics, rule = Dynamics.of_code(code), of_code(rule_code)
     zero, late, subtract = dynamics.reset == "zero", dynamics.subtracts_late, dynamics.reset == "subtract"
     attached = not dynamics.detach_reset and dynamics.reset != "none"
@@ -198,21 +185,4 @@ def _backward(steps: int, code: str, rule_code: str, need: Needs, *kind: Any) ->
                 d_rows[t].copy_(later)
         return later, dbeta if need[1] else None, dtheta if need[2] else None
 
-    return _compiled(body, f"backward, {steps} steps, {code}, {rule}")
-
-
-def _compiled(body: Callable[..., Any], name: str) -> Callable[..., Any]:
-    assert isinstance(body, FunctionType)
-    # A code object of its own: torch.compile counts the versions of one code object and stops at eight.
-    own = FunctionType(body.__code__.replace(), body.__globals__, body.__name__, body.__defaults__, body.__closure__)
-    fast = torch.compile(own, fullgraph=True, dynamic=True)
-
-    def first(*args: Any) -> Any:
-        started = time.perf_counter()
-        found = fast(*args)
-        _log.info("Compiled a neuron (%s) in %.1f s", name, time.perf_counter() - started)
-        ready.append(fast)
-        return found
-
-    ready: list[Callable[..., Any]] = []
-    return lambda *args: ready[0](*args) if ready else first(*args)
+    return Compiled(body, f"backward, {steps} steps, {code}, {rule}")
