@@ -171,7 +171,8 @@ class _Floor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the rectified sequence."""
         if self.feedback is None:
-            return torch.relu(x).contiguous()  # all steps: else a constant input would stay one through all layers
+            # All steps: else a constant input would stay one through all layers.
+            return torch.relu(x.contiguous() if x.stride(0) == 0 else x)
         active, sequence = torch.zeros_like(x[0]), []
         for now in x.unbind(0):
             active = torch.relu(now + self.feedback(active)).clamp_max(1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sg_lightning.backbones.base import ImageBackbone, OverTime, activations, halvings, initialise, positive, widths
+from sg_lightning.backbones.pooling import AvgPool2
 from sg_lightning.encoding import Encoding
 from sg_lightning.neurons import LIF
 
@@ -71,7 +72,7 @@ class ConvNet(ImageBackbone):
         for before, after in zip((in_channels, *stages), stages, strict=False):
             # No bias: the norm has one.
             layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after)]
-            layers += [activation(), nn.AvgPool2d(2)]
+            layers += [activation(), AvgPool2()]
         features = stages[-1] * side**2
         layers += [nn.Flatten(), nn.Linear(features, positive("hidden", hidden)), activation()]
         self.features = OverTime(*layers)

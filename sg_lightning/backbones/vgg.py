@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from sg_lightning.backbones.base import ImageBackbone, OverTime, activations, halvings, initialise, widths
+from sg_lightning.backbones.pooling import AvgPool2
 from sg_lightning.encoding import Encoding
 from sg_lightning.neurons import LIF
 
@@ -96,7 +97,7 @@ class VGG(ImageBackbone):
         channels = in_channels
         for item in PLANS[name]:
             if isinstance(item, str):
-                layers.append(nn.AvgPool2d(2))
+                layers.append(AvgPool2())
                 continue
             layers += [nn.Conv2d(channels, item, 3, padding=1), nn.BatchNorm2d(item), activation()]
             channels = item

@@ -19,7 +19,7 @@ def order(net: nn.Module) -> str:
     """Spell the sequence of layers: C conv, B norm, L neuron, A average pool, F flatten, D dense."""
     letters = {nn.Conv2d: "C", nn.BatchNorm2d: "B", nn.AvgPool2d: "A", nn.Flatten: "F", nn.Linear: "D"}
     return "".join(
-        "L" if isinstance(m, SpikingNeuron) else letters[type(m)]
+        "L" if isinstance(m, SpikingNeuron) else next(letter for kind, letter in letters.items() if isinstance(m, kind))
         for m in net.modules()
         if isinstance(m, (SpikingNeuron, *letters))
     )
