@@ -40,7 +40,7 @@ class Compiled:
         own = FunctionType(
             body.__code__.replace(), body.__globals__, body.__name__, body.__defaults__, body.__closure__
         )
-        self._name = name
+        self._name, self._own = name, own
         self._made: list[tuple[Callable[[list[Any]], Any], list[Any]]] = []  # Inductor's code, its first inputs
         self._guarded = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=True)
         self._started = False
@@ -69,7 +69,11 @@ class Compiled:
         started = time.perf_counter()
         # Clones, so that every tensor is told from the others by its address.
         alone = [a if a is None else [t.clone() for t in a] if isinstance(a, list) else a.clone() for a in args]
-        found = self._guarded(*alone)
+        try:
+            found = self._guarded(*alone)
+        except Exception:  # a real fault comes back here
+            self._guarded = torch.compile(self._own, fullgraph=True, dynamic=True)
+            found = self._guarded(*alone)
         self._started = True
         try:
             self._arrange(size, alone, found)
@@ -92,6 +96,8 @@ class Compiled:
         if len(self._made) != 1:
             raise ValueError(f"it was made of {len(self._made)} pieces")
         code, inputs = self._made[0]
+        if not any(not isinstance(value, Tensor) and value == size for value in inputs):
+            raise ValueError("it is for one size only")
         places = {t.data_ptr(): i for i, t in enumerate(_flat(args))}
         self._inputs, self._fixed = [], {}
         for i, value in enumerate(inputs):
