@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sg_lightning.backbones.base import OverTime, initialise, over_time
+from sg_lightning.backbones.pooling import AvgPool2
 from sg_lightning.neurons import LIF, RecurrentLIF, surrogates, use_path
 
 BETA, ALPHA = 0.5, 2.0
@@ -127,10 +128,15 @@ NETWORKS = {
 class Folded(nn.Module):
     """Ours: layers without memory see time folded into the batch; ``neuron(mark)`` makes the neurons."""
 
+    pool: Callable[[], nn.Module] = AvgPool2
+
     def __init__(self, layers: nn.ModuleList, neuron: Callable[[Mark], nn.Module]) -> None:
         super().__init__()
         *features, self.head = copy.deepcopy(layers)
-        self.features = OverTime(*(neuron(layer) if isinstance(layer, Mark) else layer for layer in features))
+        self.features = OverTime(*(
+            neuron(layer) if isinstance(layer, Mark) else self.pool() if isinstance(layer, nn.AvgPool2d) else layer
+            for layer in features
+        ))  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K) of (T, B, ...)."""
@@ -216,7 +222,9 @@ def snntorch_fold(layers: nn.ModuleList, beta: float) -> nn.Module:
 
 
 class _Repeated(Folded):
-    """Time folded, and constant inputs repeated, as is usual."""
+    """Time folded, and constant inputs repeated, as is usual; torch's pooling."""
+
+    pool = staticmethod(lambda: nn.AvgPool2d(2))
 
     def __init__(self, layers: nn.ModuleList, neuron: Callable[[Mark], nn.Module]) -> None:
         super().__init__(layers, neuron)
