@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from sg_lightning.attacks import PGD, Oracle
 from sg_lightning.backbones import VGG, ConvNet
-from sg_lightning.datamodules import Digits, FashionMNIST, ImageData
+from sg_lightning.datamodules import CIFAR10, Digits, FashionMNIST, ImageData
 from sg_lightning.encoding import Poisson
 from sg_lightning.threats import Linf
 
@@ -70,6 +70,17 @@ SUBJECTS = {
         build=lambda: ConvNet(input_size=28, channels=(16, 32), hidden=64, mean=0.286, std=0.353),
         size=28, epochs=5, train_eps=0.1, steps=3, eps={"linf": 0.1}, samples=128,
         data=lambda folder: FashionMNIST(folder, seed=0), train_samples=8000,
+    ),
+    "cifar10": Subject(
+        title=(
+            "ConvNet: 4 convolutions (16, 32, 64, 64), 128 hidden, LIF, T = 4, direct coding; CIFAR-10, PGD-3 training on "
+            "10,000 images: small enough for one core"
+        ),
+        build=lambda: ConvNet(
+            in_channels=3, input_size=32, channels=(16, 32, 64, 64), hidden=128, mean=CIFAR10.mean, std=CIFAR10.std
+        ),
+        size=32, epochs=12, train_eps=4 / 255, steps=3, eps={"linf": 4 / 255}, samples=128,
+        data=lambda folder: CIFAR10(folder, seed=0, augment=False), train_samples=10_000,
     ),
 }  # fmt: skip
 

@@ -110,7 +110,7 @@ def _tried(fast: Callable[..., Any], safe: Callable[..., Any], *args: Any) -> An
 
 def _chunks(steps: int) -> list[slice]:
     """Cut time into chunks of at most two lengths, of one if a divisor of ``steps`` allows."""
-    length = next((n for n in range(_CHUNK, _CHUNK // 2 - 1, -1) if steps % n == 0), None)
+    length = next((n for n in range(_CHUNK, max(_CHUNK // 4, 1), -1) if steps % n == 0), None)
     number = -(-steps // (length or _CHUNK))
     ends = [round(steps * i / number) for i in range(number + 1)]
     return [slice(low, high) for low, high in itertools.pairwise(ends)]
