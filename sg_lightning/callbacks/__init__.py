@@ -4,5 +4,8 @@ from sg_lightning.callbacks.memory import SaveMemory
 from sg_lightning.callbacks.predictions import PredictionWriter
 from sg_lightning.callbacks.robustness import RobustnessEvaluation
 from sg_lightning.callbacks.sparse_gradient import SparseGradient
+from sg_lightning.callbacks.speed import ChannelsLast, KeepFreedMemory
 
-__all__ = ["PredictionWriter", "RobustnessEvaluation", "SaveMemory", "SparseGradient"]
+__all__ = [
+    "ChannelsLast", "KeepFreedMemory", "PredictionWriter", "RobustnessEvaluation", "SaveMemory", "SparseGradient",
+]  # fmt: skip
