@@ -12,7 +12,8 @@ from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.losses import get_loss, higher
 from sg_lightning.attacks.oracle import Oracle
-from sg_lightning.attacks.search import Samples, column, finite, runs, value, whole_number
+from sg_lightning.attacks.runs import runs
+from sg_lightning.attacks.search import Samples, column, finite, value, whole_number
 from sg_lightning.inputs import Input
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import L1, L2, Linf, Threat
@@ -78,20 +79,19 @@ class APGD(Attack):
     def _search(
         self, oracle: Oracle, x: Input, y: Tensor, noise: SampleGenerator, progress: Progress, early_drop: bool
     ) -> None:
-        for at in runs(
-            oracle, x, y, noise, progress, early_drop, loss=self.loss, restarts=self.restarts, targets=self.targets
-        ):
+        for at, own in runs(
+            oracle, x, y, noise, progress, early_drop, loss=self.loss, steps=self.steps, restarts=self.restarts,
+            targets=self.targets,
+        ):  # fmt: skip
             climb = self._climb_sparse if isinstance(self.threat, L1) else self._climb
-            climb(oracle, at, progress, early_drop)
+            climb(oracle, at, own, early_drop)
 
     def _climb(self, oracle: Oracle, at: Samples, progress: Progress, early_drop: bool) -> None:
         at.point = self.threat.sample(at.x, at.noise)
-        _Momentum(self.threat, self.steps, self.rho).ascend(
-            self, oracle, at, progress, early_drop, at.number * self.steps
-        )
+        _Momentum(self.threat, self.steps, self.rho).ascend(self, oracle, at, progress, early_drop, 0)
 
     def _climb_sparse(self, oracle: Oracle, at: Samples, progress: Progress, early_drop: bool) -> None:
-        share, done = int(0.3 * self.steps), at.number * self.steps
+        share, done = int(0.3 * self.steps), 0
         at.point = self.threat.with_eps(3 * self.threat.budget).sample(at.x, at.noise)
         for factor, steps in ((3.0, share), (2.0, share), (1.0, self.steps - 2 * share)):
             if not steps or not len(at.index):
@@ -99,8 +99,9 @@ class APGD(Attack):
             # The last ball is the threat itself, whose eps is exact.
             ball = self.threat if factor == 1 else self.threat.with_eps(factor * self.threat.budget)
             at.point = ball.project(at.point, at.x)
-            first = done == at.number * self.steps
-            _Sparse(ball, steps, first).ascend(self, oracle, at, progress, early_drop, done, count=factor == 1)
+            _Sparse(ball, steps, fresh=done == 0).ascend(
+                self, oracle, at, progress, early_drop, done, count=factor == 1
+            )
             at.point = at.best
             done += steps
 
@@ -122,10 +123,10 @@ class _Schedule:
         def evaluate(iteration: int, *, gradient: bool = True) -> None:
             loss, found = get_loss(attack.loss, targeted=attack.targets > 0), None
             if gradient:
-                found = oracle.value_and_grad(at.point, at.goal, loss, at.memory, at.index)
+                found = oracle.value_and_grad(at.point, at.goal, loss, at.memory, at.rows)
                 logits, at.loss, at.gradient = found.logits, found.loss.double(), finite(found.grad)
             else:
-                logits = oracle.logits(at.point, at.index)
+                logits = oracle.logits(at.point, at.rows)
                 at.loss = loss(logits, at.goal).double()
             queries = oracle.passes if gradient else 1
             if count:
@@ -136,7 +137,7 @@ class _Schedule:
 
         def look(iteration: int) -> None:
             point = attack.threat.project(at.best, at.x)
-            progress.record(at.index, point, *value(oracle, point, at.y, attack.loss, at.index), iteration, 1)
+            progress.record(at.index, point, *value(oracle, point, at.y, attack.loss, at.rows), iteration, 1)
 
         evaluate(done)
         at.best, at.best_loss, at.best_gradient, at.before = at.point, at.loss, at.gradient, at.loss

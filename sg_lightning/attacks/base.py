@@ -109,6 +109,25 @@ class Progress:
         self._spend(index, iteration, queries, found)
         self._mark(index, found)
 
+    def absorb(self, index: Tensor, run: Progress, rows: Tensor, done: int) -> None:
+        """Add the ``rows`` of another progress, as if this one had been told of them, after ``done`` iterations."""
+        searched = ~self.invalid[index]
+        if self.goal == "success":
+            searched &= ~self.success[index]
+        index, rows = index[searched], rows[searched]
+        for total, spent in ((self.queries, run.queries), (self.gradients, run.gradients),
+                             (self.zero_gradients, run.zero_gradients)):  # fmt: skip
+            total[index] += spent[rows]
+        self.iterations[index] = done + run.iterations[rows]
+        better = higher(run.loss[rows], self.loss[index])
+        if self.goal == "success":
+            better |= run.success[rows]
+        kept, rows_kept = index[better], rows[better]
+        assign(self.x_adv, kept, select(run.x_adv, rows_kept))
+        self.loss[kept] = run.loss[rows_kept]
+        self.success[kept] = run.success[rows_kept]
+        self.invalid[index] |= run.invalid[rows]
+
     def _mark(self, index: Tensor, found: Gradient | None) -> None:
         if found is not None:
             self.invalid[index] |= found.invalid & ~self.success[index]

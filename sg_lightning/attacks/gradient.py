@@ -12,7 +12,8 @@ from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.losses import Loss, get_loss
 from sg_lightning.attacks.oracle import Oracle, check_labels
-from sg_lightning.attacks.search import Samples, finite, normalised, runs, value, whole_number
+from sg_lightning.attacks.runs import runs
+from sg_lightning.attacks.search import Samples, column, finite, normalised, value, whole_number
 from sg_lightning.inputs import Input, apply
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import Linf
@@ -150,23 +151,29 @@ class PGD(Attack):
     ) -> None:
         # Already misclassified samples need no search; a clean start finds them by itself.
         clean = self.random_start and progress.goal == "success"
-        for at in runs(
-            oracle, x, y, noise, progress, early_drop, loss=self.loss, restarts=self.restarts, judge_clean=clean
-        ):
-            if self.random_start or at.number:
-                at.point = self.threat.random_start(at.x, at.noise)
-            self._ascend(oracle, at, get_loss(self.loss), progress, early_drop)
+        for at, own in runs(
+            oracle, x, y, noise, progress, early_drop, loss=self.loss, steps=self.steps, restarts=self.restarts,
+            judge_clean=clean,
+        ):  # fmt: skip
+            self._begin(at)
+            self._ascend(oracle, at, get_loss(self.loss), own, early_drop)
+
+    def _begin(self, at: Samples) -> None:
+        if self.random_start:
+            at.point = self.threat.random_start(at.x, at.noise)
+        elif bool(at.run.any()):
+            start = self.threat.random_start(at.x, at.noise)
+            at.point = apply(lambda t, clean: torch.where(column(at.run > 0, clean), t, clean), start, at.x)
 
     def _ascend(self, oracle: Oracle, at: Samples, loss: Loss, progress: Progress, early_drop: bool) -> None:
         """Climb ``loss`` of (logits, ``at.goal``) from ``at.point``; progress is judged by the untargeted loss."""
-        done = at.number * self.steps
         at.memory, at.trend = Memory(), apply(torch.zeros_like, at.x)
         decay = (0.75 if self.threat.discrete else 0.0) if self.momentum is None else self.momentum
         for step in range(self.steps):
-            found = oracle.value_and_grad(at.point, at.goal, loss, at.memory, at.index)
+            found = oracle.value_and_grad(at.point, at.goal, loss, at.memory, at.rows)
             check_labels(at.y, found.logits.shape[1])
             judged, wrong = get_loss(self.loss)(found.logits, at.y), found.logits.argmax(1) != at.y
-            progress.record(at.index, at.point, judged, wrong, done + step, oracle.passes, found)
+            progress.record(at.index, at.point, judged, wrong, step, oracle.passes, found)
             at.gradient = finite(found.grad)
             if early_drop:
                 at.keep(progress.open(at.index))
@@ -177,8 +184,8 @@ class PGD(Attack):
                 at.gradient = at.trend
             size = self.threat.default_step(self.steps, step) if self.step_size is None else parse_eps(self.step_size)
             at.point = self.threat.project(self.threat.steepest_step(at.point, at.gradient, at.x, size), at.x)
-        judged, wrong = value(oracle, at.point, at.y, self.loss, at.index)
-        progress.record(at.index, at.point, judged, wrong, done + self.steps, 1)
+        judged, wrong = value(oracle, at.point, at.y, self.loss, at.rows)
+        progress.record(at.index, at.point, judged, wrong, self.steps, 1)
 
 
 @dataclass(frozen=True)
@@ -219,12 +226,12 @@ class MultiTargeted(PGD):
     def _search(
         self, oracle: Oracle, x: Input, y: Tensor, noise: SampleGenerator, progress: Progress, early_drop: bool
     ) -> None:
-        for at in runs(
-            oracle, x, y, noise, progress, early_drop, loss=self.loss, restarts=self.restarts, targets=self.targets
-        ):
-            if self.random_start or at.number:
-                at.point = self.threat.random_start(at.x, at.noise)
-            self._ascend(oracle, at, get_loss("margin", targeted=True), progress, early_drop)
+        for at, own in runs(
+            oracle, x, y, noise, progress, early_drop, loss=self.loss, steps=self.steps, restarts=self.restarts,
+            targets=self.targets,
+        ):  # fmt: skip
+            self._begin(at)
+            self._ascend(oracle, at, get_loss("margin", targeted=True), own, early_drop)
 
 
 @dataclass(frozen=True)

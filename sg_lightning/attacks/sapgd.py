@@ -12,7 +12,8 @@ from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.losses import get_loss
 from sg_lightning.attacks.oracle import Oracle, check_labels
-from sg_lightning.attacks.search import Samples, finite, normalised, runs, value, whole_number
+from sg_lightning.attacks.runs import runs
+from sg_lightning.attacks.search import Samples, finite, normalised, value, whole_number
 from sg_lightning.inputs import Input
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import Linf
@@ -62,21 +63,23 @@ class SAPGD(Attack):
     def _search(
         self, oracle: Oracle, x: Input, y: Tensor, noise: SampleGenerator, progress: Progress, early_drop: bool
     ) -> None:
-        for at in runs(oracle, x, y, noise, progress, early_drop, loss=self.loss, restarts=self.restarts):
+        for at, own in runs(
+            oracle, x, y, noise, progress, early_drop, loss=self.loss, steps=self.steps, restarts=self.restarts
+        ):
             at.point = self.threat.sample(at.x, at.noise)
-            self._ascend(oracle, at, progress, early_drop, at.number * self.steps)
+            self._ascend(oracle, at, own, early_drop)
 
-    def _ascend(self, oracle: Oracle, at: Samples, progress: Progress, early_drop: bool, done: int) -> None:
+    def _ascend(self, oracle: Oracle, at: Samples, progress: Progress, early_drop: bool) -> None:
         at.memory = Memory()
         at.trend, at.squares = torch.zeros_like(at.x), torch.zeros_like(at.x)
         size = self.threat.budget
         window, shortest, closer = (max(int(share * self.steps), 1) for share in (0.22, 0.06, 0.03))
         wait = window
         for step in range(self.steps):
-            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory, at.index)
+            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory, at.rows)
             check_labels(at.y, found.logits.shape[1])
             wrong = found.logits.argmax(1) != at.y
-            progress.record(at.index, at.point, found.loss, wrong, done + step, oracle.passes, found)
+            progress.record(at.index, at.point, found.loss, wrong, step, oracle.passes, found)
             at.gradient = finite(found.grad)
             if early_drop:
                 at.keep(progress.open(at.index))
@@ -92,5 +95,5 @@ class SAPGD(Attack):
                 size /= 2
                 window = max(window - closer, shortest)
                 wait = window
-        loss, wrong = value(oracle, at.point, at.y, self.loss, at.index)
-        progress.record(at.index, at.point, loss, wrong, done + self.steps, 1)
+        loss, wrong = value(oracle, at.point, at.y, self.loss, at.rows)
+        progress.record(at.index, at.point, loss, wrong, self.steps, 1)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sg_lightning.attacks.base import Progress
 from sg_lightning.attacks.losses import get_loss
 from sg_lightning.attacks.oracle import Oracle, check_labels
 from sg_lightning.inputs import Input, apply, select
-from sg_lightning.sampling import SampleGenerator
 
 
 class Samples:
@@ -40,47 +37,6 @@ class Samples:
                 self.__dict__[name] = select(part, mask)
             elif not isinstance(part, int | float):
                 self.__dict__[name] = part.select(mask)
-
-
-def runs(
-    oracle: Oracle, x: Input, y: Tensor, noise: SampleGenerator, progress: Progress, early_drop: bool, *, loss: str,
-    restarts: int, targets: int = 0, judge_clean: bool = True,
-) -> Iterator[Samples]:  # fmt: skip
-    """Give an attack its samples, run after run: all restarts, for each target.
-
-    The samples have ``index``, ``x``, labels ``y``, what the loss takes (``goal``: the labels, or labels and targets
-    (B, 2), the wrong classes in the order of their clean logits), ``noise`` of their own, the ``number`` of the run,
-    and ``point``, the clean input. With ``early_drop`` only those that are still open.
-
-    Args:
-        oracle: The model.
-        x: Clean inputs.
-        y: Labels (B,).
-        noise: Randomness of the samples.
-        progress: Told of the clean inputs, so that no run is spent on what is already misclassified.
-        early_drop: Whether broken samples are left out.
-        loss: Name of the untargeted loss.
-        restarts: Runs per target.
-        targets: Number of target classes; 0: untargeted.
-        judge_clean: Whether to look at the clean inputs; targets need it.
-    """
-    everyone = torch.arange(len(y), device=y.device)
-    ranked = y.unsqueeze(1)
-    if judge_clean or targets:
-        logits = oracle.logits(x)
-        check_labels(y, logits.shape[1])
-        progress.record(everyone, x, get_loss(loss)(logits, y), logits.argmax(1) != y, 0, 1)
-        ranked = logits.scatter(1, y.unsqueeze(1), -torch.inf).argsort(stable=True, dim=1, descending=True)[:, :-1]
-    for number in range(restarts * max(1, min(targets, ranked.shape[1]))):
-        index = everyone[progress.open(everyone)] if early_drop else everyone
-        if len(index) == 0:
-            return
-        goal = torch.stack([y, ranked[:, number // restarts]], 1) if targets else y
-        part = select(x, index)
-        yield Samples(
-            index=index, x=part, point=part, y=y[index], goal=goal[index],
-            noise=noise.fork("restart", number).select(index), number=number,
-        )  # fmt: skip
 
 
 def value(oracle: Oracle, point: Input, y: Tensor, loss: str, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.losses import get_loss
 from sg_lightning.attacks.oracle import Oracle, check_labels
-from sg_lightning.attacks.search import Samples, finite, normalised, runs, unit, value, whole_number
+from sg_lightning.attacks.runs import runs
+from sg_lightning.attacks.search import Samples, finite, normalised, unit, value, whole_number
 from sg_lightning.inputs import Input
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import L0
@@ -53,26 +54,27 @@ class _Sparse(Attack):
     def _search(
         self, oracle: Oracle, x: Input, y: Tensor, noise: SampleGenerator, progress: Progress, early_drop: bool
     ) -> None:
-        for at in runs(oracle, x, y, noise, progress, early_drop, loss=self.loss, restarts=self.restarts):
-            self._ascend(oracle, at, progress, early_drop)
+        for at, own in runs(
+            oracle, x, y, noise, progress, early_drop, loss=self.loss, steps=self.steps, restarts=self.restarts
+        ):
+            self._ascend(oracle, at, own, early_drop)
 
     def _ascend(self, oracle: Oracle, at: Samples, progress: Progress, early_drop: bool) -> None:
-        done = at.number * self.steps
         at.memory = Memory()
         self._begin(at)
         for step in range(self.steps):
-            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory, at.index)
+            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory, at.rows)
             check_labels(at.y, found.logits.shape[1])
             wrong = found.logits.argmax(1) != at.y
-            progress.record(at.index, at.point, found.loss, wrong, done + step, oracle.passes, found)
+            progress.record(at.index, at.point, found.loss, wrong, step, oracle.passes, found)
             at.gradient = finite(found.grad)
             if early_drop:
                 at.keep(progress.open(at.index))
                 if len(at.index) == 0:
                     return
             self._advance(at, step)
-        loss, wrong = value(oracle, at.point, at.y, self.loss, at.index)
-        progress.record(at.index, at.point, loss, wrong, done + self.steps, 1)
+        loss, wrong = value(oracle, at.point, at.y, self.loss, at.rows)
+        progress.record(at.index, at.point, loss, wrong, self.steps, 1)
 
     @abstractmethod
     def _begin(self, at: Samples) -> None:

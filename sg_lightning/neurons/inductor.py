@@ -54,7 +54,7 @@ class Compiled:
         """Whether calls go straight to the compiled code."""
         return self._code is not None
 
-    def __call__(self, size: int, *args: Argument) -> tuple[Tensor | None, ...]:
+    def __call__(self, size: int, *args: Argument) -> tuple[Any, ...]:
         """Run it."""
         if self._code is None:
             return self._first(size, *args) if not self._started else self._guarded(*map(_alone, args))
@@ -65,13 +65,13 @@ class Compiled:
         found = self._code(inputs)
         return tuple([None if i is None else found[i] for i in self._outputs])
 
-    def _first(self, size: int, *args: Argument) -> tuple[Tensor | None, ...]:
+    def _first(self, size: int, *args: Argument) -> tuple[Any, ...]:
         started = time.perf_counter()
         # Clones, so that every tensor is told from the others by its address.
         alone = [a if a is None else [t.clone() for t in a] if isinstance(a, list) else a.clone() for a in args]
         try:
             found = self._guarded(*alone)
-        except Exception:  # a real fault comes back here
+        except Exception:  # noqa: BLE001 - a real fault comes back here
             self._guarded = torch.compile(self._own, fullgraph=True, dynamic=True)
             found = self._guarded(*alone)
         self._started = True
@@ -83,7 +83,7 @@ class Compiled:
                         _flat([a for a in args if isinstance(a, list)]), strict=True)  # fmt: skip
             if not all(_same(a, b) for a, b in same):
                 raise ValueError("its results differ")
-        except Exception as error:  # whatever a private interface may do
+        except Exception as error:  # noqa: BLE001 - whatever a private interface may do
             self._code = None
             _log.info("A compiled neuron (%s) keeps the guards of torch.compile: %s", self._name, error)
             again = self._guarded(*map(_alone, args))
