@@ -10,7 +10,6 @@ benchmarks/results (attacks.json, attacks.md, attacks.png), and the table into d
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from attack_contestants import OURS, PACKAGES, SLOW, Counting, Event, contestants
 from attack_models import SUBJECTS, prepare
-from timing import into_docs, measured, provenance, race, ratios
+from timing import into_docs, measured, provenance, race, ratios, save
 from torch import Tensor, nn
 
 from sg_lightning.attacks import Oracle, verify
@@ -197,9 +196,7 @@ def _library(record: dict[str, Any]) -> str:
 
 def write(results: dict[str, Any], folder: Path) -> None:
     """Write results, table and plot; after every event, so that an interrupted run leaves what it has measured."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "attacks.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (folder / "attacks.md").write_text(table(results), encoding="utf-8")
+    save(results, table(results), folder, "attacks")
     draw(results, folder / "attacks.png")
 
 

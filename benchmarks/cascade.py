@@ -11,7 +11,6 @@ so are the survivors, which is asserted. Results go to benchmarks/results (casca
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from attack_models import SUBJECTS, prepare
-from timing import into_docs, measured, provenance, race, ratios
+from timing import into_docs, measured, provenance, race, ratios, save
 from torch import Tensor
 
 from sg_lightning.attacks import Oracle, load_suite, verify
@@ -118,9 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "suite": args.suite, "threats": ", ".join(f"{norm} {eps}" for norm, budget in Digits.budgets.items() for eps in budget.eps), "samples": args.samples, "rounds": args.rounds,
         "ways": measure(args.subject, args.suite, args.samples, args.rounds),
     }  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "cascade.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (args.out / "cascade.md").write_text(table(results), encoding="utf-8")
+    save(results, table(results), args.out, "cascade")
     if args.docs:
         into_docs(table(results), args.docs, "cascade.md")
     print(table(results))

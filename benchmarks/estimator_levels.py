@@ -10,7 +10,6 @@ go to benchmarks/results (estimator-levels.json, estimator-levels.md, estimator-
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from attack_models import SUBJECTS
 from estimators import OPTIMISERS, RESULTS, Bench
-from timing import measured, provenance
+from timing import measured, provenance, save
 
 from sg_lightning.attacks import ASSG, HART, Estimator
 
@@ -110,9 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     made = provenance(["torch", "numpy", "sg-lightning"])
     results = {"provenance": made, "subjects": [measure(name, args.steps, args.data_dir) for name in args.subjects]}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "estimator-levels.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (args.out / "estimator-levels.md").write_text(table(results), encoding="utf-8")
+    save(results, table(results), args.out, "estimator-levels")
     draw(results, args.out / "estimator-levels.png")
     print(table(results))
 

@@ -5,7 +5,7 @@
 You will see: for each adversarially trained spiking network the robust accuracy under PGD, APGD and SA-PGD with 100 steps
 (L-infinity), each with eight gradient estimators, and of the per-sample worst of the 19 surrogates of arXiv 2311.09266
 with PGD-100 beside that of `standard`. The settings of HART and ASSG are chosen on validation images. Results go to
-benchmarks/results (estimators.json, estimators.md, estimators.png).
+benchmarks/results (estimators.json, estimators.md, estimators.png); those of subjects not named stay.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from attack_models import SUBJECTS, prepare, validation
-from timing import measured, provenance
+from timing import measured, provenance, save
 from torch import Tensor
 
 from sg_lightning.attacks import (
@@ -127,7 +127,7 @@ def measure(subject: str, steps: int, data_dir: str) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """Write the results as Markdown."""
     head = (
-        f"{measured(results['provenance'])}; seed 0. Cells: test samples that stand (robust accuracy); bold: the least, and "
+        "Seed 0. Cells: test samples that stand (robust accuracy); bold: the least, and "
         "within one sample of it. The settings of HART and of the last row were chosen on 64 validation images."
     )
     lines = [head]
@@ -139,7 +139,15 @@ def table(results: dict[str, Any]) -> str:
             f"**{found['title']}** ({n} test samples, {found['clean']} right without attack, L-infinity "
             f"{float(found['eps']):.4g}, {found['steps']} steps{chance})"
         )
-        lines += ["", title, "", f"| Estimator | {' | '.join(OPTIMISERS)} |", f"|---|{'---|' * len(OPTIMISERS)}"]
+        lines += [
+            "",
+            title,
+            "",
+            f"{measured(found['provenance'])}.",
+            "",
+            f"| Estimator | {' | '.join(OPTIMISERS)} |",
+            f"|---|{'---|' * len(OPTIMISERS)}",
+        ]
         for title in titles:
             counts = [len(row["survivors"]) for row in found["rows"] if row["estimator"] == title]
             cells = [f"**{c}** ({c / n:.3f})" if c <= best + 1 else f"{c} ({c / n:.3f})" for c in counts]
@@ -192,14 +200,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    made = provenance(["torch", "numpy", "sg-lightning"])
-    results: dict[str, Any] = {"provenance": made, "subjects": []}
-    args.out.mkdir(parents=True, exist_ok=True)
+    before = args.out / "estimators.json"
+    found = json.loads(before.read_text(encoding="utf-8"))["subjects"] if before.is_file() else []
     for subject in args.subjects:
         print(f"{subject}: training, unless it is in the cache", file=sys.stderr)
-        results["subjects"].append(measure(subject, args.steps, args.data_dir))
-        (args.out / "estimators.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        (args.out / "estimators.md").write_text(table(results), encoding="utf-8")
+        made = provenance(["torch", "numpy", "sg-lightning"])
+        new = {**measure(subject, args.steps, args.data_dir), "provenance": made}
+        found = [new if old["subject"] == subject else old for old in found]
+        found += [] if new in found else [new]
+        results = {"subjects": found}
+        save(results, table(results), args.out, "estimators")
     draw(results, args.out / "estimators.png")
     print(table(results))
 

@@ -12,7 +12,6 @@ Results go to benchmarks/results (memory.json, memory.md).
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import training
 from networks import ALPHA, BETA, NETWORKS, Mark, Network
-from timing import measured, provenance, race, ratios
+from timing import measured, provenance, race, ratios, save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from training import FLOOR, OURS, batch, training_step
@@ -243,9 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "provenance": provenance(["torch", "snntorch", "spikingjelly", "sg-lightning"]),
         "networks": {name: measure(name, processes=name not in LAYERS, rounds=args.rounds) for name in args.networks},
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "memory.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (args.out / "memory.md").write_text(table(results), encoding="utf-8")
+    save(results, table(results), args.out, "memory")
     print(table(results))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import snntorch
 import torch
 from snntorch import surrogate as snntorch_surrogates
-from timing import measured, provenance, race, ratios
+from timing import measured, provenance, race, ratios, save
 from torch import Tensor
 
 from sg_lightning.neurons import LIF, use_path
@@ -275,9 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases, rounds = ([case for case in cases if case[:2] in HALF], 3) if args.quick else (cases, args.rounds)
     results["rows"] = [measure(*case, rounds) for case in cases]
     results["compile"] = compile_seconds()
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "neurons.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (args.out / "neurons.md").write_text(table(results), encoding="utf-8")
+    save(results, table(results), args.out, "neurons")
     draw(results, args.out / "neurons.png")
     print(table(results))
 

@@ -12,7 +12,6 @@ benchmarks/results (precision.json, precision.md).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from modalities import TASKS, Task
-from timing import measured, provenance
+from timing import measured, provenance, save
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -152,9 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "provenance": provenance(["torch", "lightning", "sg-lightning"]), "seeds": args.seeds,
         "records": [r for name in args.tasks for r in measure(name, args.seeds, args.epochs)],
     }  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "precision.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (args.out / "precision.md").write_text(table(results), encoding="utf-8")
+    save(results, table(results), args.out, "precision")
     print(table(results))
 
 

@@ -11,7 +11,6 @@ Results go to benchmarks/results (scaling.json, scaling.md, scaling.png).
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from networks import NETWORKS, Folded, ours
-from timing import measured, provenance, race
+from timing import measured, provenance, race, save
 from torch.nn.functional import cross_entropy
 
 from sg_lightning.neurons import LIF, surrogates
@@ -152,9 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "provenance": provenance(["torch", "sg-lightning"]), "rounds": args.rounds,
         "records": measure(args.rounds, small=args.small),
     }  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "scaling.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (args.out / "scaling.md").write_text(table(results), encoding="utf-8")
+    save(results, table(results), args.out, "scaling")
     plot(results, args.out / "scaling.png")
     print(table(results))
 

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from timing import measured, provenance, race, ratios
+from timing import measured, provenance, race, ratios, save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from training import spread
@@ -224,9 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "provenance": provenance(["torch", "sg-lightning"]), "steps": args.steps, "batch": args.batch,
         "rounds": args.rounds, "checked": check(), "ways": measure(args.steps, args.batch, args.rounds),
     }  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "sparse_gradient.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (args.out / "sparse_gradient.md").write_text(table(results), encoding="utf-8")
+    save(results, table(results), args.out, "sparse_gradient")
     print(table(results))
 
 

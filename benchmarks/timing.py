@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -68,6 +69,13 @@ def provenance(packages: Sequence[str]) -> dict[str, Any]:
         "versions": {name: _version(name) for name in packages if _version(name)},
         "allocator": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")},
     }
+
+
+def save(results: dict[str, Any], text: str, folder: Path, name: str) -> None:
+    """Write results as JSON and their table as Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def into_docs(text: str, path: Path, name: str) -> None:

@@ -10,7 +10,6 @@ over time, and of the ReLU floor. Results go to benchmarks/results (where_time_g
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from networks import NETWORKS
-from timing import measured, provenance
+from timing import measured, provenance, save
 from torch.profiler import ProfilerActivity, profile, record_function
 from training import FLOOR, OURS, STEP, attack_step, batch, contestants, training_step
 
@@ -112,9 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "provenance": provenance(["torch", "snntorch", "sg-lightning"]),
         "networks": {name: measure(name) for name in args.networks},
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "where_time_goes.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (args.out / "where_time_goes.md").write_text(table(results), encoding="utf-8")
+    save(results, table(results), args.out, "where_time_goes")
     print(table(results))
 
 
