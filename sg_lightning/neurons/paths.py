@@ -33,7 +33,6 @@ Path = Literal["auto", "reference", "eager", "compiled", "triton"]
 
 VARIABLE = "SG_LIGHTNING_NEURONS"
 LEAST = 64  # neurons: fewer are never compiled; sizes 0 and 1 are special to torch.compile, and N must differ from T
-_LARGE = 262_144  # neurons times steps: below, calling compiled code costs more than it saves
 _PATIENCE = 10_000_000_000  # neurons times steps that eager code does in about the time that compiling takes
 
 
@@ -123,14 +122,14 @@ def choose(path: str, like: Tensor, kind: Hashable) -> Choice:
         return Choice("eager", problem) if problem else Choice("triton", "CUDA tensors")
     if device != "cpu":
         return Choice("eager", f"tensors on {device}")
-    return _on_cpu(like.numel(), size, kind)
+    return _on_cpu(size, kind)
 
 
-def _on_cpu(work: int, size: int, kind: Hashable) -> Choice:
+def _on_cpu(size: int, kind: Hashable) -> Choice:
     from sg_lightning.neurons import compiled
 
-    if work < _LARGE or size < LEAST:
-        return Choice("eager", f"little work ({work} neurons times steps)")
+    if size < LEAST:
+        return Choice("eager", f"the layer has {size} neurons, fewer than {LEAST}")
     if compiled.broken:
         return Choice("eager", compiled.broken)
     if torch.are_deterministic_algorithms_enabled():

@@ -121,7 +121,7 @@ def cpu(monkeypatch):
 def test_auto_compiles_when_the_work_pays_for_it(cpu, monkeypatch):
     neuron = LIF(0.9)
     small, large = torch.zeros(4, 2, 10), torch.zeros(8, 2, 20_000)
-    assert neuron.path(small) == ("eager", "little work (80 neurons times steps)")
+    assert neuron.path(small) == ("eager", "the layer has 20 neurons, fewer than 64")
     assert neuron.path(large).path == "eager"
     assert "too little work so far" in neuron.path(large).why
     monkeypatch.setattr(paths, "_PATIENCE", 2 * large.numel())
