@@ -239,34 +239,39 @@ def table(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw time relative to the floor."""
-    import matplotlib
+    """Draw time relative to the floor: a panel per step, a network per row, a contestant per marker."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from sg_lightning.reporting.style import looks
 
     records = [record for one in results.values() for record in one["records"]]
-    cells = list(dict.fromkeys((r["network"], r["kind"], r["precision"]) for r in records))
+    rows = list(dict.fromkeys((r["network"], r["precision"]) for r in records))
     names = list(dict.fromkeys(r["contestant"] for r in records if r["contestant"] != FLOOR))
-    figure, axes = plt.subplots(figsize=(1.5 + 1.15 * len(cells), 4.2), layout="constrained")
-    width = 0.8 / len(names)
-    for place, name in enumerate(names):
-        named = False
-        for column, cell in enumerate(cells):
-            found = [
-                r for r in records if (r["network"], r["kind"], r["precision"]) == cell and r["contestant"] == name
-            ]
-            if found:
-                axes.bar(column + (place - (len(names) - 1) / 2) * width, median(found[0]["over_floor"]), width,
-                         color=f"C{place}", label=None if named else name)  # fmt: skip
-                named = True
-    axes.axhline(1.0, color="0.3", linewidth=1)
-    axes.set_xticks(range(len(cells)), ["\n".join(cell) for cell in cells], fontsize=8)
-    axes.set_ylabel("time / time with ReLU (lower is better)")
-    axes.legend(fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    look = looks(names)
+    figure = Figure(figsize=(10.5, 1.6 + 0.34 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True, sharex=True)
+    for axes, kind in zip(panels, ("train", "pgd"), strict=True):
+        for name in names:
+            found = [r for r in records if r["kind"] == kind and r["contestant"] == name]
+            axes.plot(
+                [median(r["over_floor"]) for r in found], [rows.index((r["network"], r["precision"])) for r in found],
+                look[name].marker, color=look[name].colour, label=name, markersize=7, alpha=0.8,
+            )  # fmt: skip
+        axes.axvline(1.0, color="0.3", linewidth=1)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xticks([1, 1.5, 2, 3, 5, 10, 20])
+        axes.set_title({"train": "training step", "pgd": "PGD step"}[kind], fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(rows)), [", ".join(row) for row in rows], fontsize=9)
+    panels[0].invert_yaxis()
+    figure.supxlabel("time / time of the same network with ReLU: lower is better", fontsize=9)
+    handles, labels = panels[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
