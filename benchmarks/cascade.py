@@ -4,13 +4,15 @@
 
 You will see: CPU time and passes of the suite `standard` under every norm and budget of the digits, in turns, on the
 adversarially trained digits network: every attack on all samples to its last step, as libraries do; every attack on
-all samples, where those that fell are dropped within an attack; the cascade. Attacks, noise and verdicts are the same, and
-so are the survivors, which is asserted. Results go to benchmarks/results (cascade.json, cascade.md).
+all samples, where those that fell are dropped within an attack; the cascade. Attacks and noise are the same, and so are the
+survivors in float64; in float32, in which this runs, at most 1 % of them may differ, which is asserted. Results go to
+benchmarks/results (cascade.json, cascade.md); those of another subject stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -62,12 +64,17 @@ def measure(subject: str, suite: str, samples: int, rounds: int) -> dict[str, An
     """Race the ways and return the figures of each."""
     found: dict[str, list[tuple[Tensor, Oracle]]] = {way: [] for way in (FULL, DROPS, CASCADE)}
     seconds = race(contestants(subject, suite, samples), rounds, lambda name, result: found[name].append(result))
-    for (full, _), (drops, _), (cascade, _) in zip(found[FULL], found[DROPS], found[CASCADE], strict=True):
-        if not (torch.equal(full, cascade) and torch.equal(drops, cascade)):
-            raise AssertionError("who stands depends on how the suite is run")
+    differ = {
+        name: sum(int((stands != full).sum()) for (stands, _), (full, _) in zip(found[name], found[FULL], strict=True))
+        for name in found
+    }
+    decisions = sum(stands.numel() for stands, _ in found[FULL])
+    if max(differ.values()) > 0.01 * decisions:  # in float32 rounding depends on who shares a batch
+        raise AssertionError(f"who stands depends on how the suite is run: {differ} of {decisions} decisions differ")
     return {
         name: {
             "seconds": seconds[name],
+            "differ": differ[name],
             "ratio": ratios(seconds[name], seconds[FULL]),
             "robust": [stands.float().mean(1).tolist() for stands, _ in found[name]],
             "forwards": [oracle.counts.forwards / samples for _, oracle in found[name]],
@@ -78,25 +85,32 @@ def measure(subject: str, suite: str, samples: int, rounds: int) -> dict[str, An
 
 
 def table(results: dict[str, Any]) -> str:
-    """Write the results as Markdown."""
+    """Write the results of all subjects as Markdown."""
+    return "\n".join(_table(one) for one in results.values())
+
+
+def _table(one: dict[str, Any]) -> str:
     head = (
-        f"{measured(results['provenance'])}. Suite `{results['suite']}` under "
-        f"{results['threats']}, {results['samples']} samples of: {results['title']}. Medians of {results['rounds']} rounds "
-        "with the seeds 0, 1, ...; passes per sample; CPU time."
+        f"{measured(one['provenance'])}. Suite `{one['suite']}` under "
+        f"{one['threats']}, {one['samples']} samples of: {one['title']}. Medians of {one['rounds']} rounds "
+        "with the seeds 0, 1, ...; passes per sample; CPU time; decisions that differ from the first row's, in float32."
     )
     lines = [
         head,
         "",
-        "| Way | Robust accuracy | Forwards | Backwards | Seconds | Ratio |",
-        "|---|---|---|---|---|---|",
+        "| Way | Robust accuracy | Forwards | Backwards | Seconds | Ratio | Differ |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, row in results["ways"].items():
+    for name, row in one["ways"].items():
         forwards, backwards, seconds, ratio = (
             median(row[key]) for key in ("forwards", "backwards", "seconds", "ratio")
         )
         robust = ", ".join(f"{median(at):.3f}" for at in zip(*row["robust"], strict=True))
         spread = f" ({min(row['ratio']):.2f}-{max(row['ratio']):.2f})" if name != FULL else ""
-        lines.append(f"| {name} | {robust} | {forwards:.0f} | {backwards:.0f} | {seconds:.1f} | {ratio:.2f}{spread} |")
+        lines.append(
+            f"| {name} | {robust} | {forwards:.0f} | {backwards:.0f} | {seconds:.1f} | {ratio:.2f}{spread} | "
+            f"{row['differ']} of {len(row['robust'][0]) * one['samples'] * one['rounds']} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -112,8 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     subject = SUBJECTS[args.subject]
-    results = {
-        "provenance": provenance(["torch", "numpy", "sg-lightning"]), "subject": args.subject, "title": subject.title,
+    before = args.out / "cascade.json"
+    results = json.loads(before.read_text(encoding="utf-8")) if before.is_file() else {}
+    results[args.subject] = {
+        "provenance": provenance(["torch", "numpy", "sg-lightning"]), "title": subject.title,
         "suite": args.suite, "threats": ", ".join(f"{norm} {eps}" for norm, budget in Digits.budgets.items() for eps in budget.eps), "samples": args.samples, "rounds": args.rounds,
         "ways": measure(args.subject, args.suite, args.samples, args.rounds),
     }  # fmt: skip

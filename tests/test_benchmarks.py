@@ -88,7 +88,7 @@ def test_benchmark_runs_and_writes_what_the_documents_take(load, monkeypatch, tm
 def test_cascade_saves_passes_and_changes_nothing(load, monkeypatch, tmp_path):
     monkeypatch.setattr(load("attack_models"), "CACHE", tmp_path / "cache")
     load("cascade").main(["--subject", "tiny", "--suite", "basic", "--rounds", "1", "--out", str(tmp_path)])
-    full, drops, cascade = json.loads((tmp_path / "cascade.json").read_text())["ways"].values()
+    full, drops, cascade = json.loads((tmp_path / "cascade.json").read_text())["tiny"]["ways"].values()
     assert cascade["robust"] == drops["robust"] == full["robust"]
     assert 0 < cascade["backwards"][0] <= drops["backwards"][0] <= full["backwards"][0]
     assert "| cascade |" in (tmp_path / "cascade.md").read_text()
