@@ -21,16 +21,17 @@ from timing import measured, provenance, save
 from torch.profiler import ProfilerActivity, profile, record_function
 from training import FLOOR, OURS, STEP, attack_step, batch, contestants, training_step
 
+from sg_lightning.backbones import pooling
 from sg_lightning.neurons import operators
 
 ROOT = Path(__file__).parent.parent
+NEURONS, POOLING = "neurons", "pooling"
 GROUPS = {
     "convolutions and matrix products": ("conv", "mkldnn", "mm", "linear"),
     "batch norm": ("batch_norm",),
-    "pooling": ("pool",),
+    POOLING: ("pool",),
     "optimiser": ("_foreach", "Optimizer", "optimizer"),
 }
-NEURONS = "neurons"
 
 
 def grouped(run: Callable[[int], None]) -> dict[str, float]:
@@ -40,28 +41,30 @@ def grouped(run: Callable[[int], None]) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CPU]) as found:
         run(0)
     total: Counter[str] = Counter()
-    inside = [e for e in found.events() if e.name == NEURONS]
+    inside = [e for e in found.events() if e.name in (NEURONS, POOLING)]
     for event in found.events():
         spent = event.self_cpu_time_total / 1000
-        held = event.name == NEURONS or any(
-            n.thread == event.thread and n.time_range.start <= event.time_range.start <= n.time_range.end
-            for n in inside
-        )
+        around = (
+            n.name for n in inside
+            if n.thread == event.thread and n.time_range.start <= event.time_range.start <= n.time_range.end
+        )  # fmt: skip
         group = next((g for g, names in GROUPS.items() if any(n in event.name for n in names)), "all else")
-        total[NEURONS if held else group] += spent
+        total[next(around, group)] += spent
     return dict(total)
 
 
 def marked() -> None:
-    """Let the profile see our neurons, whose operators are several."""
-    for name in ("_forward", "_backward"):
-        plain = getattr(operators, name)
+    """Let the profile see our neurons and poolings, which are several operators each."""
+    parts: list[tuple[Any, str, str]] = [(operators, name, NEURONS) for name in ("_forward", "_backward")]
+    parts += [(function, "forward", POOLING) for function in (pooling._Means, pooling._Spread)]
+    for owner, name, group in parts:
+        plain = getattr(owner, name)
 
-        def run(*args: Any, plain: Callable[..., Any] = plain) -> Any:
-            with record_function(NEURONS):
+        def run(*args: Any, plain: Callable[..., Any] = plain, group: str = group) -> Any:
+            with record_function(group):
                 return plain(*args)
 
-        setattr(operators, name, run)
+        setattr(owner, name, staticmethod(run) if isinstance(owner, type) else run)
 
 
 def measure(name: str) -> dict[str, Any]:
