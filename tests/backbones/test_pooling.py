@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from sg_lightning.backbones import VGG, ConvNet
-from sg_lightning.backbones.pooling import AvgPool2
+from sg_lightning.backbones import VGG, AvgPool2, ConvNet
 
 torchs = nn.AvgPool2d(2)
 
