@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from sg_lightning.attacks import APGD, PGD, PGD0, SAPGD, SPGD, MultiTargeted, Oracle, runs
+from sg_lightning.attacks import APGD, PGD, PGD0, SAPGD, SPGD, MultiTargeted, OnModality, Oracle, runs
 from sg_lightning.sampling import SampleGenerator
-from sg_lightning.threats import L0, L1, L2, Linf
+from sg_lightning.threats import L0, L1, L2, Linf, Modality
 
 ATTACKS = [
     PGD(Linf(0.02), steps=4, restarts=3),
@@ -97,3 +97,30 @@ def test_training_keeps_the_highest_loss_of_all_runs(monkeypatch):
     one, many = (attacked(PGD(Linf(0.02), steps=4, restarts=n), goal="loss")[0] for n in (1, 4))
     assert bool((many.loss >= one.loss - 1e-12).all())
     assert bool((many.loss > one.loss + 1e-6).any())
+
+
+def test_runs_at_once_on_one_modality(monkeypatch):
+    """Rows of later runs see the other modalities of their own sample."""
+    net = Net(3)
+    threat = Modality("image", Linf(0.02))
+    generator = torch.Generator().manual_seed(1)
+    x = {
+        "image": torch.rand(12, 1, 4, 4, generator=generator, dtype=torch.float64),
+        "audio": torch.rand(12, 1, 4, 4, generator=generator, dtype=torch.float64),
+    }
+
+    def model(inputs):
+        return net(inputs["image"]) + net(inputs["audio"])
+
+    y = model(x).argmax(1)
+    attack = OnModality(threat, PGD(Linf(0.02), steps=4, restarts=3))
+    noise = SampleGenerator.from_ids(5, list(range(12)))
+    found = []
+    for cheap in ({}, {"cpu": 1000}):
+        monkeypatch.setattr(runs, "_CHEAP", cheap)
+        found.append(attack.run(Oracle(model), x, y, generator=noise))
+    in_turn, at_once = found
+    assert 0 < int(in_turn.success.sum()) < 12
+    assert torch.equal(at_once.success, in_turn.success)
+    assert torch.equal(at_once.queries, in_turn.queries)
+    torch.testing.assert_close(at_once.x_adv, in_turn.x_adv, rtol=1e-9, atol=1e-9)
