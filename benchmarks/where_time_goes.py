@@ -58,13 +58,16 @@ def marked() -> None:
     parts: list[tuple[Any, str, str]] = [(operators, name, NEURONS) for name in ("_forward", "_backward")]
     parts += [(function, "forward", POOLING) for function in (pooling._Means, pooling._Spread)]
     for owner, name, group in parts:
-        plain = getattr(owner, name)
-
-        def run(*args: Any, plain: Callable[..., Any] = plain, group: str = group) -> Any:
-            with record_function(group):
-                return plain(*args)
-
+        run = _recorded(getattr(owner, name), group)
         setattr(owner, name, staticmethod(run) if isinstance(owner, type) else run)
+
+
+def _recorded(plain: Callable[..., Any], group: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        with record_function(group):
+            return plain(*args)
+
+    return run
 
 
 def measure(name: str) -> dict[str, Any]:
