@@ -11,7 +11,6 @@ spikes and gradients are checked before anything is timed. The peer that is not 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
@@ -27,6 +26,7 @@ from snntorch import surrogate as snntorch_surrogates
 from timing import measured, provenance, race, ratios, save
 from torch import Tensor
 
+from sg_lightning.callbacks.speed import keep_freed_memory
 from sg_lightning.neurons import LIF, use_path
 from sg_lightning.neurons.surrogates import Atan
 
@@ -181,15 +181,9 @@ def compile_seconds() -> dict[int, list[float]]:
     return {int(steps): values for steps, values in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-def keep_heap() -> str:
-    """Keep glibc from returning large tensors to the kernel after each use, which would cost more than the neurons."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-4, 0)  # M_MMAP_MAX; M_MMAP_THRESHOLD goes up to 32 MiB only
-    except (OSError, AttributeError):
-        return "default"
-    return "glibc, trimming and mmap off"
+def allocator(choice: str) -> str:
+    """Set the allocator and name what is in force; as it comes, large tensors cost more than the neurons."""
+    return "glibc, trimming and mmap off" if choice == "kept" and not keep_freed_memory() else "default"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -270,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     made = provenance(["torch", "snntorch", "spikingjelly", "numpy", "sg-lightning"])
-    results: dict[str, Any] = {"provenance": made, "allocator": keep_heap() if args.allocator == "kept" else "default"}
+    results: dict[str, Any] = {"provenance": made, "allocator": allocator(args.allocator)}
     cases = [(n, t, torch.float32) for n, t in SIZES] + [(n, t, torch.bfloat16) for n, t in HALF]
     cases, rounds = ([case for case in cases if case[:2] in HALF], 3) if args.quick else (cases, args.rounds)
     results["rows"] = [measure(*case, rounds) for case in cases]

@@ -88,7 +88,7 @@ class APGD(Attack):
 
     def _climb(self, oracle: Oracle, at: Samples, progress: Progress, early_drop: bool) -> None:
         at.point = self.threat.sample(at.x, at.noise)
-        _Momentum(self.threat, self.steps, self.rho).ascend(self, oracle, at, progress, early_drop, 0)
+        _Momentum(self.threat, self.steps, self.rho).ascend(self, oracle, at, progress, early_drop)
 
     def _climb_sparse(self, oracle: Oracle, at: Samples, progress: Progress, early_drop: bool) -> None:
         share, done = int(0.3 * self.steps), 0
@@ -114,7 +114,7 @@ class _Schedule:
         self.steps = steps
 
     def ascend(
-        self, attack: APGD, oracle: Oracle, at: Samples, progress: Progress, early_drop: bool, done: int, *,
+        self, attack: APGD, oracle: Oracle, at: Samples, progress: Progress, early_drop: bool, done: int = 0, *,
         count: bool = True,
     ) -> None:  # fmt: skip
         """Ascend from ``at.point``, leaving the best point in ``at.best``; points count only inside the threat."""

@@ -94,15 +94,17 @@ class Progress:
 
     def _spend(self, index: Tensor, iteration: int, queries: int, found: Gradient | None = None) -> Tensor:
         """Count what the samples ``index`` cost; return who was still searched, bool."""
-        searched = ~self.invalid[index]
-        if self.goal == "success":
-            searched &= ~self.success[index]
+        searched = self._searched(index)
         self.queries[index[searched]] += queries
         self.iterations[index[searched]] = iteration
         if found is not None:
             self.gradients[index[searched]] += 1
             self.zero_gradients[index[searched]] += found.zero[searched].long()
         return searched
+
+    def _searched(self, index: Tensor) -> Tensor:
+        """Tell which of the samples ``index`` are still searched, bool: for the highest loss, broken ones too."""
+        return ~(self.success | self.invalid)[index] if self.goal == "success" else ~self.invalid[index]
 
     def discard(self, index: Tensor, iteration: int, queries: int, found: Gradient | None = None) -> None:
         """Count a point outside the threat, which a search may pass through but never keeps."""
@@ -111,9 +113,7 @@ class Progress:
 
     def absorb(self, index: Tensor, run: Progress, rows: Tensor, done: int) -> None:
         """Add the ``rows`` of another progress, as if this one had been told of them, after ``done`` iterations."""
-        searched = ~self.invalid[index]
-        if self.goal == "success":
-            searched &= ~self.success[index]
+        searched = self._searched(index)
         index, rows = index[searched], rows[searched]
         for total, spent in ((self.queries, run.queries), (self.gradients, run.gradients),
                              (self.zero_gradients, run.zero_gradients)):  # fmt: skip

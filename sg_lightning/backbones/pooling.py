@@ -41,10 +41,18 @@ class AvgPool2(nn.AvgPool2d):
         return ""
 
 
-class _Means(Function):
-    """Means of 2 x 2 pixels of a tensor with even sides."""
+class _Linear(Function):
+    """A linear map: its gradient needs nothing of its input."""
 
     generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Keep nothing."""
+
+
+class _Means(_Linear):
+    """Means of 2 x 2 pixels of a tensor with even sides."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -54,19 +62,13 @@ class _Means(Function):
         return (pairs[..., 0] + pairs[..., 1]).mul_(0.25)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         spread: Tensor = _Spread.apply(grad)
         return spread
 
 
-class _Spread(Function):
+class _Spread(_Linear):
     """A quarter of every value for each of 2 x 2 pixels: the gradient of the means, as they are of its own."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(grad: Tensor) -> Tensor:
@@ -77,10 +79,6 @@ class _Spread(Function):
         spread[..., 0, :, 1] = quarter
         spread[..., 1, :, :] = spread[..., 0, :, :]
         return spread.view(*grad.shape[:-2], 2 * height, 2 * width)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -38,9 +38,15 @@ class KeepFreedMemory(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell the C library."""
-        if platform.libc_ver()[0] != "glibc":
-            _log.warning("KeepFreedMemory does nothing here: it is for glibc (Linux), this is %s", platform.platform())
-            return
-        library = ctypes.CDLL(None)
-        if not (library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)):
-            _log.warning("KeepFreedMemory does nothing here: mallopt refused")
+        problem = keep_freed_memory()
+        if problem:
+            _log.warning("KeepFreedMemory does nothing here: %s", problem)
+
+
+def keep_freed_memory() -> str:
+    """Do what :class:`KeepFreedMemory` does; say why not, or nothing."""
+    if platform.libc_ver()[0] != "glibc":
+        return f"it is for glibc (Linux), this is {platform.platform()}"
+    library = ctypes.CDLL(None)
+    done = library.mallopt(_MMAP_MAX, 0) and library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    return "" if done else "mallopt refused"

@@ -81,6 +81,9 @@ def gradients(net, x, context=None):
 def test_gradients_are_equal_and_bytes_fewer(kind, cast):
     if kind == "image":
         net, x = VGG("vgg5", time_steps=4, neuron=LIF(0.5, detach_reset=True), head=(64,)), torch.rand(4, 3, 32, 32)
+        pools = [name for name, layer in net.features.named_children() if isinstance(layer, nn.AvgPool2d)]
+        for name in pools:  # torch's keeps the spikes that it sees
+            setattr(net.features, name, nn.AvgPool2d(2))
     else:
         net, x = SpikingMLP(100, (128, 128), 10, time_steps=30), (torch.rand(8, 30, 100) < 0.1).float()
 
@@ -101,7 +104,7 @@ def test_gradients_are_equal_and_bytes_fewer(kind, cast):
     assert all(float(g.abs().max()) > 0 for g in usual[:1])
     assert all(torch.equal(a, b) for a, b in zip(usual, packed, strict=True))
     before, after = (kept_bytes(whole, x, how) for how in (lambda t: t, pack))
-    assert after < (0.95 if cast else 0.85) * before
+    assert after < (0.9 if cast else 0.8) * before
 
 
 def kept_bytes(net, x, how):
