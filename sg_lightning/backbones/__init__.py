@@ -3,12 +3,9 @@
 from sg_lightning.backbones.base import Backbone, recompute
 from sg_lightning.backbones.convnet import ConvNet
 from sg_lightning.backbones.fusion import FusionNet
-from sg_lightning.backbones.pooling import AvgPool2
 from sg_lightning.backbones.sew_resnet import SEWResNet
 from sg_lightning.backbones.spiking_mlp import SpikingMLP
 from sg_lightning.backbones.vgg import VGG
 from sg_lightning.backbones.wide_resnet import WideResNet
 
-__all__ = [
-    "VGG", "AvgPool2", "Backbone", "ConvNet", "FusionNet", "SEWResNet", "SpikingMLP", "WideResNet", "recompute",
-]  # fmt: skip
+__all__ = ["VGG", "Backbone", "ConvNet", "FusionNet", "SEWResNet", "SpikingMLP", "WideResNet", "recompute"]

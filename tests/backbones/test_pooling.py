@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from sg_lightning.backbones import VGG, AvgPool2, ConvNet
+from sg_lightning.backbones import VGG, ConvNet
+from sg_lightning.backbones.pooling import AvgPool2
 
 torchs = nn.AvgPool2d(2)
 
