@@ -5,6 +5,8 @@
 You will see: CPU time of forward and backward of one LIF layer for T = 1 to 128 and B = 1 to 1024, of the dense network
 of benchmarks/training.py for T B up to 512 samples and steps, and of the event network for images of 64 to 256 pixels;
 the exponent of each growth, fitted on logarithms past the start-up cost (linear is 1), and the cost per element and step.
+Neurons are compiled, where there is a compiler, and those of the layer also run in eager code. Each timed run repeats a
+size until that takes 20 ms or more, so that small sizes do not pay for cold caches.
 Results go to benchmarks/results (scaling.json, scaling.md, scaling.png).
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,26 +26,30 @@ from networks import NETWORKS, Folded, ours
 from timing import measured, provenance, race, save
 from torch.nn.functional import cross_entropy
 
-from sg_lightning.neurons import LIF, surrogates
+from sg_lightning.neurons import LIF, paths, surrogates, use_path
 
 ROOT = Path(__file__).parent.parent
 NEURONS = 256  # of the layer, times B
+LEAST = 0.02  # seconds of a timed run
 
 
-def layer(steps: int, batch: int) -> tuple[Callable[[int], None], int]:
-    """Return forward and backward of a layer, and its elements times steps."""
+def layer(steps: int, batch: int, path: paths.Path) -> tuple[Callable[[int], None], int]:
+    """Return forward and backward of a layer on a path, and its elements times steps."""
     neuron = LIF(0.5, 1.0, "zero", detach_reset=True, surrogate=surrogates.Atan(2.0))
     x = (torch.rand(steps, batch, NEURONS) * 1.2).requires_grad_()
     upstream = torch.rand(steps, batch, NEURONS)
 
     def run(_: int) -> None:
-        torch.autograd.grad(neuron(x), x, upstream)
+        with use_path(path):
+            torch.autograd.grad(neuron(x), x, upstream)
 
     return run, x.numel()
 
 
-def network(name: str, steps: int, batch: int, size: int | None = None) -> tuple[Callable[[int], None], int]:
-    """Return forward and backward of a network, and the values of its input."""
+def network(
+    name: str, steps: int, batch: int, path: paths.Path, size: int | None = None
+) -> tuple[Callable[[int], None], int]:
+    """Return forward and backward of a network on a path, and the values of its input."""
     chosen = NETWORKS[name]
     chosen = replace(chosen, steps=steps, batch=batch, shape=chosen.shape if size is None else (2, size, size))
     layers = chosen.weights()
@@ -53,26 +60,41 @@ def network(name: str, steps: int, batch: int, size: int | None = None) -> tuple
     x, y = chosen.inputs()
 
     def run(_: int) -> None:
-        cross_entropy(net(x), y).backward()
+        with use_path(path):
+            cross_entropy(net(x), y).backward()
 
     return run, x.numel()
 
 
 def cases(*, small: bool) -> dict[str, dict[int, tuple[Callable[[int], None], int]]]:
     """Return the runs of each growth by the value that grows."""
-    top = 3 if small else 8
-    dense, steps = ("tiny", 6) if small else ("shd", 8)
-    found = {
-        "layer, T (B = 64)": {2**k: layer(2**k, 64) for k in range(top)},
-        "layer, B (T = 8)": {2**k: layer(8, 2**k) for k in range(3 if small else 11)},
-        f"dense net, T (B = {4 if small else 16})": {
-            2**k: network(dense, 2**k, 4 if small else 16) for k in range(3 if small else 6)
-        },
-        f"dense net, B (T = {steps})": {2**k: network(dense, steps, 2**k) for k in range(3 if small else 7)},
-    }
+    path: paths.Path = "compiled" if not small and paths.has_compiler() else "eager"
+    dense, steps, batch = ("tiny", 6, 4) if small else ("shd", 8, 16)
+    times, batches = ([2**k for k in range(3 if small else top)] for top in (8, 11))
+    found = {}
+    for way in dict.fromkeys((path, "eager")):
+        found[f"layer, {way}, T (B = 64)"] = {t: layer(t, 64, way) for t in times}
+        found[f"layer, {way}, B (T = 8)"] = {b: layer(8, b, way) for b in batches}
+    found[f"dense net, T (B = {batch})"] = {2**k: network(dense, 2**k, batch, path) for k in range(3 if small else 6)}
+    found[f"dense net, B (T = {steps})"] = {2**k: network(dense, steps, 2**k, path) for k in range(3 if small else 7)}
     if not small:
-        found["event net, pixels (T = 4, B = 2)"] = {s * s: network("dvs", 4, 2, s) for s in (64, 128, 192, 256)}
+        found["event net, pixels (T = 4, B = 2)"] = {s * s: network("dvs", 4, 2, path, s) for s in (64, 128, 192, 256)}
     return found
+
+
+def often(run: Callable[[int], None]) -> tuple[Callable[[int], None], int]:
+    """Warm up, and return a run that repeats this one until it takes ``LEAST``, and how many times."""
+    run(0)
+    run(0)
+    started = time.process_time()
+    run(0)
+    count = max(1, math.ceil(LEAST / max(time.process_time() - started, 1e-4)))
+
+    def repeated(number: int) -> None:
+        for _ in range(count):
+            run(number)
+
+    return repeated, count
 
 
 def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
@@ -88,10 +110,9 @@ def measure(rounds: int, *, small: bool) -> list[dict[str, Any]]:
     """Race the sizes of each growth."""
     records = []
     for name, runs in cases(small=small).items():
-        for run, _ in runs.values():
-            run(0)
-            run(0)
-        found = race({str(value): run for value, (run, _) in runs.items()}, rounds, lambda *_: None)
+        repeated = {str(value): often(run) for value, (run, _) in runs.items()}
+        found = race({value: run for value, (run, _) in repeated.items()}, rounds, lambda *_: None)
+        found = {value: [t / repeated[value][1] for t in spent] for value, spent in found.items()}
         seconds = {value: median(found[str(value)]) for value in runs}
         cost = {value: 1e9 * seconds[value] / runs[value][1] for value in runs}
         records.append({
@@ -105,14 +126,19 @@ def table(results: dict[str, Any]) -> str:
     """Write the results as Markdown."""
     head = (
         f"{measured(results['provenance'])}. Medians of {results['rounds']} rounds in turns, CPU time of forward and "
-        "backward. Values: those of the input (B T N)."
+        "backward. Values: those of the input (B T N). Last / least: cost per value of the largest size over the smallest cost."
     )
-    lines = [head, "", "| Growth | From - to | ms | ns per value | Exponent |", "|---|---|---|---|---|"]
+    lines = [
+        head,
+        "",
+        "| Growth | From - to | ms | ns per value | Last / least | Exponent |",
+        "|---|---|---|---|---|---|",
+    ]
     for record in results["records"]:
         sizes, cost, spent = (list(part) for part in (record["seconds"], record["nanoseconds_per_value"].values(), record["seconds"].values()))  # fmt: skip
         lines.append(
             f"| {record['growth']} | {sizes[0]} - {sizes[-1]} | {', '.join(f'{1000 * t:.3g}' for t in spent)} | "
-            f"{', '.join(f'{c:.2g}' for c in cost)} | {record['exponent']:.2f} |"
+            f"{', '.join(f'{c:.2g}' for c in cost)} | {list(cost)[-1] / min(cost):.2f} | {record['exponent']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

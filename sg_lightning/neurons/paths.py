@@ -134,7 +134,7 @@ def _on_cpu(size: int, kind: Hashable) -> Choice:
         return Choice("eager", compiled.broken)
     if torch.are_deterministic_algorithms_enabled():
         return Choice("eager", "deterministic algorithms: a change of path midway would change roundings")
-    if not _has_compiler():
+    if not has_compiler():
         return Choice("eager", "no C++ compiler (g++ or clang++, or what the variable CXX names)")
     if _work[kind] < _PATIENCE:
         return Choice("eager", f"too little work so far to compile for it ({_work[kind]:.1e} of {_PATIENCE:.0e})")
@@ -170,7 +170,8 @@ def _module(path: str, like: Tensor, kind: Hashable) -> Any:
     return eager
 
 
-def _has_compiler() -> bool:
+def has_compiler() -> bool:
+    """Tell whether there is a C++ compiler."""
     named = os.environ.get("CXX")
     return any(shutil.which(name) for name in ([named] if named else ["g++", "clang++", "c++", "cl"]))
 

@@ -6,7 +6,7 @@ import torch
 from sg_lightning.neurons import paths
 from sg_lightning.neurons.inductor import Compiled
 
-pytestmark = pytest.mark.skipif(not paths._has_compiler(), reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(not paths.has_compiler(), reason="needs a C++ compiler")
 ARGUMENTS = {"steps": 3, "factor": 1.7}
 
 

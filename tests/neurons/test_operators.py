@@ -95,7 +95,7 @@ def test_networks_compile_without_graph_breaks(name):
     torch._dynamo.reset()
 
 
-@pytest.mark.skipif(not paths._has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not paths.has_compiler(), reason="needs a C++ compiler")
 def test_inductor_and_compiled_neurons_together():
     """Compiled neurons run inside a compiled network."""
     torch._dynamo.reset()
@@ -113,7 +113,7 @@ def test_inductor_and_compiled_neurons_together():
 @pytest.fixture
 def cpu(monkeypatch):
     """A CPU with a compiler, and no work done so far."""
-    monkeypatch.setattr(paths, "_has_compiler", lambda: True)
+    monkeypatch.setattr(paths, "has_compiler", lambda: True)
     monkeypatch.setattr(paths, "_work", type(paths._work)())
     monkeypatch.setattr(compiled, "broken", "")
 
@@ -137,7 +137,7 @@ def test_auto_compiles_when_the_work_pays_for_it(cpu, monkeypatch):
             assert "deterministic" in neuron.path(large).why
         finally:
             torch.use_deterministic_algorithms(False)
-        monkeypatch.setattr(paths, "_has_compiler", lambda: False)
+        monkeypatch.setattr(paths, "has_compiler", lambda: False)
         assert "no C++ compiler" in neuron.path(large).why
 
 

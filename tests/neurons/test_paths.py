@@ -136,7 +136,7 @@ def test_bits(options, dtype, uncompiled):
     check_bits("compiled", options, dtype)
 
 
-needs_compiler = pytest.mark.skipif(not paths._has_compiler(), reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(not paths.has_compiler(), reason="needs a C++ compiler")
 
 
 @needs_compiler
