@@ -151,15 +151,20 @@ def plot(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     records = results["records"]
-    figure, all_axes = plt.subplots(
-        1, len(records), figsize=(3.1 * len(records), 3.1), layout="constrained", squeeze=False
-    )
-    for axes, record in zip(all_axes[0], records, strict=True):
+    columns = min(4, len(records))
+    figure, grid = plt.subplots(
+        math.ceil(len(records) / columns), columns, figsize=(3.1 * columns, 3.1 * math.ceil(len(records) / columns)),
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for axes in grid.flat[len(records) :]:
+        axes.set_axis_off()
+    for axes, record in zip(grid.flat, records, strict=False):
         sizes, spent = [int(n) for n in record["seconds"]], [1000 * t for t in record["seconds"].values()]
         axes.loglog(sizes, spent, "o-", color="C0", markersize=4)
         axes.loglog(sizes, [spent[-1] * n / sizes[-1] for n in sizes], "--", color="0.6", linewidth=1)
         axes.set_title(f"{record['growth']}\nexponent {record['exponent']:.2f}", fontsize=9)
         axes.set_ylabel("ms")
+        axes.tick_params(axis="x", which="minor", labelbottom=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
