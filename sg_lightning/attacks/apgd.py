@@ -54,6 +54,7 @@ class APGD(Attack):
     targets: int = 0
     rho: float = 0.75
     kind: ClassVar[str] = "apgd"
+    abreast: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,13 +48,15 @@ class AttackResult:
     gradients: Tensor
     zero_gradients: Tensor
 
+    def of(self, index: Tensor) -> AttackResult:
+        """Return what was found for the samples ``index``."""
+        found: dict[str, Any] = {part.name: select(getattr(self, part.name), index) for part in fields(self)}
+        return AttackResult(**found)
+
     def again(self, index: Tensor) -> AttackResult:
         """Return what was found for the samples ``index``, at no further cost."""
         free = torch.zeros_like(index)
-        return AttackResult(
-            select(self.x_adv, index), self.success[index], self.invalid[index], self.loss[index],
-            self.iterations[index], free, free, free,
-        )  # fmt: skip
+        return replace(self.of(index), queries=free, gradients=free, zero_gradients=free)
 
 
 class Progress:
@@ -159,6 +161,7 @@ class Attack(ABC):
     kind: ClassVar[str]
     minimal: ClassVar[bool] = False  # True: looks for the smallest adversarial examples, whatever eps is
     gradient_free: ClassVar[bool] = False  # True: asks the attacked model for logits only
+    abreast: ClassVar[bool] = False  # True: samples may be told apart by their estimator, see abreast.py
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, Threat):

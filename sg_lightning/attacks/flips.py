@@ -116,6 +116,7 @@ class GreedyFlips(Attack):
     per_round: int = 1
     loss: str = "margin"
     kind: ClassVar[str] = "greedy"
+    abreast: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -130,6 +130,7 @@ class PGD(Attack):
     loss: str = "ce"
     momentum: float | None = None
     kind: ClassVar[str] = "pgd"
+    abreast: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

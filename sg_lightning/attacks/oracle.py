@@ -10,12 +10,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sg_lightning.attacks.estimators import Estimator, Memory
+from sg_lightning.attacks.estimators import Estimator, Memory, beside
+from sg_lightning.attacks.estimators.beside import Each, Share
 from sg_lightning.attacks.folding import folded, is_compiled
 from sg_lightning.attacks.losses import Loss
 from sg_lightning.attacks.rest import Rest
-from sg_lightning.attacks.room import Room, rounded_up
-from sg_lightning.inputs import Input, apply, batch_size, device_of, rebuild, tensors
+from sg_lightning.attacks.room import Room, cheap, rounded_up
+from sg_lightning.inputs import Input, apply, batch_size, device_of, rebuild, select, tensors
 
 Mode = Literal["eval", "train"]
 OnNonfinite = Literal["mark", "raise"]
@@ -87,7 +88,7 @@ class Oracle:
     """
 
     model: Callable[..., Any]
-    estimator: Estimator | None = None
+    estimator: Estimator | Each | None = None
     eot: int = 1
     votes: int = 1
     autocast: torch.dtype | None = None
@@ -127,7 +128,7 @@ class Oracle:
         """Forward passes behind one gradient."""
         return self.eot * (1 if self.estimator is None else len(self.estimator.parts))
 
-    def using(self, estimator: Estimator | None) -> Oracle:
+    def using(self, estimator: Estimator | Each | None) -> Oracle:
         """Return an oracle of the same model and the same counts with another estimator (``None``: this one)."""
         if estimator is None:
             return self
@@ -239,7 +240,7 @@ class Oracle:
 
         with self.attacking():
             found = self.room.chunks(x, evaluate)
-        memory.put([own for _, own in found])
+        memory.put([own for _, own in found], [len(gradient.loss) for gradient, _ in found])
         parts = [gradient for gradient, _ in found]
         if len(parts) == 1:
             return parts[0]
@@ -253,30 +254,56 @@ class Oracle:
         )
 
     def _gradient(self, x: Input, y: Tensor, loss: Loss, memory: Memory, rows: Tensor | None) -> Gradient:
-        x = apply(lambda t: t.detach().clone().requires_grad_(), x)
-        losses, logits, grads = None, None, None
-        estimators = (None,) if self.estimator is None else self.estimator.parts
-        draws = [(draw, estimator) for draw in range(self.eot) for estimator in estimators]
-        share = 1 / len(draws)
-        for draw, estimator in draws:
+        samples = batch_size(x)
+        shares = beside.shares(self.estimator, rows, samples, y.device)
+        # Side by side in one pass where that is nearly free, or where samples have estimators of their own.
+        together = isinstance(self.estimator, Each) or (
+            len(shares) > 1 and samples * len(shares) <= cheap(y.device) and beside.can_be_beside(self.model)
+        )
+        passes = [shares] if together else [[share] for share in shares]
+        weight = 1 / self.passes
+        losses = logits = grads = None
+        for draw in range(self.eot):
             # The statistics of an estimator are those of one pass, or the average would be over different rules.
             memory.frozen = draw > 0
-            with nullcontext() if estimator is None else estimator.applied(self.model, memory):
-                z = self._forward(x, rows)
-                value = loss(z, y)
-                _check_graph(value)
-                g = torch.autograd.grad(value.sum() * share, tensors(x), allow_unused=True)
-            filled = [torch.zeros_like(t) if part is None else part for t, part in zip(tensors(x), g, strict=True)]
-            losses = value.detach() * share if losses is None else losses + value.detach() * share
-            logits = z.detach() * share if logits is None else logits + z.detach() * share
-            grads = filled if grads is None else [a + b for a, b in zip(grads, filled, strict=True)]
+            for one in passes:
+                value, z, g = self._pass(x, y, loss, memory, rows, one, weight)
+                losses, logits = _added(losses, value), _added(logits, z)
+                grads = g if grads is None else [a + b for a, b in zip(grads, g, strict=True)]
         assert losses is not None
         assert logits is not None
         assert grads is not None
         memory.frozen = False
-        self.counts.backwards += len(draws) * batch_size(x)
+        self.counts.backwards += self.passes * samples
         invalid, zero = self._judged(grads)
         return Gradient(losses, logits, rebuild(x, grads), invalid, zero)
+
+    def _pass(
+        self, x: Input, y: Tensor, loss: Loss, memory: Memory, rows: Tensor | None, shares: list[Share], weight: float
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return the sums of loss, logits and input gradients over ``shares``, taken in one pass, times ``weight``."""
+        samples, known = batch_size(x), [share.memory(memory) for share in shares]
+        index = None
+        if len(shares) > 1 or shares[0].index is not None:
+            everyone = torch.arange(samples, device=y.device)
+            index = torch.cat([everyone if share.index is None else share.index for share in shares])
+            x, y, rows = select(x, index), y[index], index if rows is None else rows[index]
+        x = apply(lambda t: t.detach().clone().requires_grad_(), x)
+        sizes = [samples if share.index is None else len(share.index) for share in shares]
+        estimators = [share.estimator for share in shares]
+        with beside.applied(self.model, list(zip(estimators, known, sizes, strict=True))):
+            z = self._forward(x, rows)
+            value = loss(z, y)
+            _check_graph(value)
+            g = torch.autograd.grad(value.sum() * weight, tensors(x), allow_unused=True)
+        grads = [torch.zeros_like(t) if part is None else part for t, part in zip(tensors(x), g, strict=True)]
+        for share, own in zip(shares, known, strict=True):
+            share.remember(memory, own, samples)
+        value, z = value.detach() * weight, z.detach() * weight
+        if index is None:
+            return value, z, grads
+        value, z, *grads = (t.new_zeros((samples, *t.shape[1:])).index_add_(0, index, t) for t in (value, z, *grads))
+        return value, z, grads
 
     def differentiable(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Callable[[Tensor], Gradient]]:
         """Return logits without graph, and how a gradient with respect to them turns into one of ``x``.
@@ -353,6 +380,10 @@ class Oracle:
             check_logits(z, batch_size(x))
             self.classes = z.shape[1]
         return z
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part
 
 
 def _check_graph(value: Tensor) -> None:

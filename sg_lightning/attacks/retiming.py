@@ -57,6 +57,7 @@ class SpikeRetimingAttack(Attack):
     budget_weight: float = 10.0
     loss: str = "ce"
     kind: ClassVar[str] = "retiming"
+    abreast: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

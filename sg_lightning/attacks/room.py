@@ -13,6 +13,14 @@ from sg_lightning.inputs import Input, apply, batch_size, device_of, select
 
 T = TypeVar("T")
 
+# Rows up to which a batch costs hardly more than a single sample, so that other runs and estimators may go along.
+_CHEAP = {"cpu": 32, "cuda": 256}
+
+
+def cheap(device: torch.device) -> int:
+    """Return the number of rows up to which a batch costs hardly more than a single one."""
+    return _CHEAP.get(device.type, 1)
+
 
 @dataclass
 class Room:

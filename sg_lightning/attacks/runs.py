@@ -10,16 +10,20 @@ from torch import Tensor
 from sg_lightning.attacks.base import Goal, Progress
 from sg_lightning.attacks.losses import get_loss
 from sg_lightning.attacks.oracle import Oracle, check_labels
+from sg_lightning.attacks.room import cheap
 from sg_lightning.attacks.search import Samples
 from sg_lightning.inputs import Input, batch_size, select
 from sg_lightning.sampling import SampleGenerator
 
-# Rows up to which a batch costs hardly more than a single sample, so that a later run may as well go along.
-_CHEAP = {"cpu": 32, "cuda": 256}
 
+class Together(Progress):
+    """The progress of several runs on the same samples.
 
-class _Together(Progress):
-    """The progress of several runs on the same samples; rows: run 0 of all samples, run 1 of all samples, ..."""
+    Args:
+        x: Inputs: for run 0 of all samples, for run 1 of all samples, ...
+        goal: As of :class:`~sg_lightning.attacks.base.Progress`.
+        count: Number of runs.
+    """
 
     def __init__(self, x: Input, goal: Goal, count: int) -> None:
         super().__init__(x, goal)
@@ -71,13 +75,13 @@ def runs(
         index = everyone[progress.open(everyone)] if early_drop else everyone
         if len(index) == 0:
             return
-        fit = _CHEAP.get(y.device.type, 1) // len(index) if early_drop else 1
+        fit = cheap(y.device) // len(index) if early_drop else 1
         numbers = torch.arange(done, min(done + max(fit, 1), total), device=y.device)
         rows, run = index.repeat(len(numbers)), numbers.repeat_interleave(len(index))
         goal = torch.stack([y[rows], ranked[rows, run // restarts]], 1) if targets else y[rows]
         part = select(x, rows)
         # One run, the usual case, reports to the whole by itself.
-        own = progress if total == 1 else _Together(part, progress.goal, len(numbers))
+        own = progress if total == 1 else Together(part, progress.goal, len(numbers))
         keys = [noise.fork("restart", number).select(index).keys for number in numbers.tolist()]
         yield Samples(
             index=rows if own is progress else torch.arange(len(rows), device=y.device),

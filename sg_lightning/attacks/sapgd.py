@@ -45,6 +45,7 @@ class SAPGD(Attack):
     restarts: int = 1
     loss: str = "ce"
     kind: ClassVar[str] = "sapgd"
+    abreast: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

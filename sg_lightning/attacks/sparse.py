@@ -112,6 +112,7 @@ class PGD0(_Sparse):
 
     step_size: float | str | None = None
     kind: ClassVar[str] = "pgd0"
+    abreast: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,6 +164,7 @@ class SPGD(_Sparse):
 
     variant: Variant = "unprojected"
     kind: ClassVar[str] = "spgd"
+    abreast: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sg_lightning._version import __version__
 from sg_lightning.attacks import Attack, AttackResult, Oracle, RandomNoise, Suite, verify
+from sg_lightning.attacks.abreast import companions, run_abreast
 from sg_lightning.attacks.base import check_batch
 from sg_lightning.evaluation.adversarial import AdversarialStore
 from sg_lightning.evaluation.progress import Watch
@@ -108,8 +109,8 @@ class RobustnessRun:
             for threat, fell in fallen:
                 if entry.threat.includes(threat):
                     alive &= ~fell
-            for attack in entry.attacks:
-                fell, new = self._attack(attack, batch, alive, "main")
+            for number, attack in enumerate(entry.attacks):
+                fell, new = self._attack(attack, batch, alive, "main", entry.attacks[number + 1 :])
                 alive &= ~fell
                 fallen.append((entry.threat, fell))
                 rows += new
@@ -129,12 +130,19 @@ class RobustnessRun:
                     rows += self._attack(attack, batch, batch.clean, "check")[1]
         return rows
 
-    def _attack(self, attack: Attack, batch: _Batch, alive: Tensor, phase: Phase) -> tuple[Tensor, list[Row]]:
-        """Attack the samples that stand; return who fell (broken or invalid) and one row for everybody."""
-        with self.watch.attack(attack, len(batch.y)):
-            return self._attack_standing(attack, batch, alive, phase)
+    def _attack(
+        self, attack: Attack, batch: _Batch, alive: Tensor, phase: Phase, following: Sequence[Attack] = ()
+    ) -> tuple[Tensor, list[Row]]:
+        """Attack the samples that stand; return who fell (broken or invalid) and one row for everybody.
 
-    def _attack_standing(self, attack: Attack, batch: _Batch, alive: Tensor, phase: Phase) -> tuple[Tensor, list[Row]]:
+        Of the ``following`` attacks, those that may as well run along do so, and are looked up when it is their turn.
+        """
+        with self.watch.attack(attack, len(batch.y)):
+            return self._attack_standing(attack, batch, alive, phase, following)
+
+    def _attack_standing(
+        self, attack: Attack, batch: _Batch, alive: Tensor, phase: Phase, following: Sequence[Attack]
+    ) -> tuple[Tensor, list[Row]]:
         threat = attack.threat
         told = {"phase": phase, "norm": threat.norm, "eps": str(threat.eps), "attack": attack.name}
         rows = [replace(row, queries=0, **told) for row in batch.rows]  # type: ignore[arg-type]
@@ -144,7 +152,7 @@ class RobustnessRun:
             return fell, rows
         part = batch.select(index)
         with self._costing(f"{threat.norm} {threat.eps} {attack.name}" + (" (checks)" if phase == "check" else "")):
-            found = self._searched(attack, batch, part, index)
+            found = self._searched(attack, batch, part, index, following)
             verdict = verify(self.oracle, threat, part.x, found.x_adv, part.y)
         broken = verdict.counts & ~found.invalid
         sizes = threat.size(found.x_adv, part.x)
@@ -166,20 +174,29 @@ class RobustnessRun:
                 self.store.hold(threat, index, found.x_adv, ~invalid, broken)
         return fell, rows
 
-    def _searched(self, attack: Attack, batch: _Batch, part: _Batch, index: Tensor) -> AttackResult:
-        """Run an attack on the samples ``index`` of a batch; a minimal-norm attack only once for all budgets."""
+    def _searched(
+        self, attack: Attack, batch: _Batch, part: _Batch, index: Tensor, following: Sequence[Attack]
+    ) -> AttackResult:
+        """Run an attack on the samples ``index`` of a batch, or look up what it found while another one ran."""
         threat = attack.threat
-        if not attack.minimal:
-            stream = part.noise.fork(threat.norm, str(threat.eps), attack.name)
-            return attack.run(self.oracle, part.x, part.y, generator=stream)
-        whatever_eps = attack.with_threat(threat.with_eps(0))
-        if whatever_eps not in batch.searched:
-            found = attack.run(self.oracle, part.x, part.y, generator=part.noise.fork(threat.norm, attack.name))
-            batch.searched[whatever_eps] = index, found
-            return found
-        # Who stands now stood then: samples only ever fall.
-        before, found = batch.searched[whatever_eps]
-        return found.again(torch.searchsorted(before, index))
+        if attack in batch.ahead:
+            before, found = batch.ahead.pop(attack)
+            return found.of(torch.searchsorted(before, index))  # who stands now stood then: samples only ever fall
+        if attack.minimal:  # once for all budgets
+            whatever_eps = attack.with_threat(threat.with_eps(0))
+            if whatever_eps not in batch.searched:
+                found = attack.run(self.oracle, part.x, part.y, generator=part.noise.fork(threat.norm, attack.name))
+                batch.searched[whatever_eps] = index, found
+                return found
+            before, found = batch.searched[whatever_eps]
+            return found.again(torch.searchsorted(before, index))
+        group = [attack, *companions(attack, following, self.oracle, part.y)]
+        streams = [part.noise.fork(threat.norm, str(threat.eps), other.name) for other in group]
+        if len(group) == 1:
+            return attack.run(self.oracle, part.x, part.y, generator=streams[0])
+        found, *later = run_abreast(group, self.oracle, part.x, part.y, streams)
+        batch.ahead.update({other: (index, result) for other, result in zip(group[1:], later, strict=True)})
+        return found
 
     @contextmanager
     def _costing(self, what: str) -> Iterator[None]:
@@ -241,7 +258,7 @@ class Cost:
 class _Batch:
     """Samples with their noise, whether they are right (B,), and the row that says so.
 
-    ``searched``: what minimal-norm attacks found, and for which samples.
+    ``searched``: what minimal-norm attacks found, and for which samples; ``ahead``: what attacks whose turn has not come did.
     """
 
     x: Input
@@ -250,6 +267,7 @@ class _Batch:
     noise: SampleGenerator
     rows: list[Row]
     searched: dict[Attack, tuple[Tensor, AttackResult]] = field(default_factory=dict)
+    ahead: dict[Attack, tuple[Tensor, AttackResult]] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> _Batch:
         rows = [self.rows[k] for k in index.tolist()]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sg_lightning.attacks import APGD, PGD, PGD0, SAPGD, SPGD, MultiTargeted, OnModality, Oracle, runs
+from sg_lightning.attacks import APGD, PGD, PGD0, SAPGD, SPGD, MultiTargeted, OnModality, Oracle, room
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import L0, L1, L2, Linf, Modality
 
@@ -57,12 +57,12 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: f"{attack.name}-{attack.threat.norm}")
 def test_runs_at_once_are_runs_in_turn(attack, monkeypatch):
-    monkeypatch.setattr(runs, "_CHEAP", {})
+    monkeypatch.setattr(room, "_CHEAP", {})
     in_turn, calls = attacked(attack)
     assert 0 < int(in_turn.success.sum()) < 24  # some survive, some fall
     assert_equal(attacked(attack, early_drop=False)[0], in_turn)
     for rows in (40, 1000):
-        monkeypatch.setattr(runs, "_CHEAP", {"cpu": rows})
+        monkeypatch.setattr(room, "_CHEAP", {"cpu": rows})
         at_once, fewer = attacked(attack)
         assert_equal(at_once, in_turn)
     assert len(fewer) < len(calls)
@@ -74,7 +74,7 @@ def test_runs_at_once_are_runs_in_turn(attack, monkeypatch):
 
 
 def test_later_runs_break_what_the_first_leaves(monkeypatch):
-    monkeypatch.setattr(runs, "_CHEAP", {"cpu": 1000})
+    monkeypatch.setattr(room, "_CHEAP", {"cpu": 1000})
     one, many = (attacked(PGD(Linf(0.05), steps=1, step_size=1e-3, restarts=n))[0] for n in (1, 12))
     assert bool((many.success >= one.success).all())
     assert int(many.success.sum()) > int(one.success.sum())
@@ -87,7 +87,7 @@ def test_later_runs_break_what_the_first_leaves(monkeypatch):
 def test_a_sample_costs_no_more_than_in_turn_once_an_earlier_run_has_broken_it(monkeypatch):
     """Later runs of a sample stop with the earlier one."""
     attack = PGD(Linf(0.2), steps=50, restarts=4)
-    monkeypatch.setattr(runs, "_CHEAP", {"cpu": 1000})
+    monkeypatch.setattr(room, "_CHEAP", {"cpu": 1000})
     found, sizes = attacked(attack)
     assert bool(found.success.all())
     assert sum(sizes) < 4 * (int(found.queries.sum()) + 24)
@@ -117,7 +117,7 @@ def test_runs_at_once_on_one_modality(monkeypatch):
     noise = SampleGenerator.from_ids(5, list(range(12)))
     found = []
     for cheap in ({}, {"cpu": 1000}):
-        monkeypatch.setattr(runs, "_CHEAP", cheap)
+        monkeypatch.setattr(room, "_CHEAP", cheap)
         found.append(attack.run(Oracle(model), x, y, generator=noise))
     in_turn, at_once = found
     assert 0 < int(in_turn.success.sum()) < 12

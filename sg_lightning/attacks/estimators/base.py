@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -32,13 +32,19 @@ class Memory:
         """Return the memory of the samples ``index`` (int64 or bool mask)."""
         return Memory({key: value[index] for key, value in self.values.items()})
 
-    def put(self, parts: list[Memory]) -> None:
-        """Take over what was gathered in chunks of the batch."""
+    def put(self, parts: list[Memory], sizes: list[int]) -> None:
+        """Take over what was gathered in chunks of the batch, of so many samples; zeros where a chunk has nothing."""
         if len(parts) == 1:
             self.values = parts[0].values
             return
-        keys = parts[0].values.keys()
-        self.values = {key: torch.cat([part.values[key] for part in parts]) for key in keys}
+        known = {key: value for part in parts for key, value in part.values.items()}
+        self.values = {
+            key: torch.cat([
+                part.values[key] if key in part.values else like.new_zeros((size, *like.shape[1:]))
+                for part, size in zip(parts, sizes, strict=True)
+            ])
+            for key, like in known.items()
+        }  # fmt: skip
 
 
 @Storable.register
@@ -108,17 +114,21 @@ class SingleEstimator(Estimator):
         """Itself."""
         return (self,)
 
-    @contextmanager
-    def applied(self, model: object, memory: Memory) -> Iterator[None]:
+    def applied(self, model: object, memory: Memory) -> AbstractContextManager[None]:
         """Put the rule in force inside the block."""
-        rule = self.rule(memory)
-        found = model.modules() if rule is not None and isinstance(model, nn.Module) else ()
-        neurons = [m for m in found if isinstance(m, SpikingNeuron)]
-        before = [neuron.attack_rule for neuron in neurons]
-        try:
-            for neuron in neurons:
-                neuron.attack_rule = rule
-            yield
-        finally:
-            for neuron, held in zip(neurons, before, strict=True):
-                neuron.attack_rule = held
+        return in_force(self.rule(memory), model)
+
+
+@contextmanager
+def in_force(rule: Surrogate | BackwardRule | None, model: object) -> Iterator[None]:
+    """Let a rule replace the surrogates of all neurons of a model inside the block; ``None``: nothing."""
+    found = model.modules() if rule is not None and isinstance(model, nn.Module) else ()
+    neurons = [m for m in found if isinstance(m, SpikingNeuron)]
+    before = [neuron.attack_rule for neuron in neurons]
+    try:
+        for neuron in neurons:
+            neuron.attack_rule = rule
+        yield
+    finally:
+        for neuron, held in zip(neurons, before, strict=True):
+            neuron.attack_rule = held

@@ -1,0 +1,68 @@
+"""Attacks that differ in their estimator only: as one batch where few samples are left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sg_lightning.attacks.base import Attack, AttackResult
+from sg_lightning.attacks.estimators import BPTT, Estimator
+from sg_lightning.attacks.estimators.beside import Each, can_be_beside
+from sg_lightning.attacks.oracle import Oracle
+from sg_lightning.attacks.room import cheap
+from sg_lightning.attacks.runs import Together
+from sg_lightning.inputs import Input, batch_size, select
+from sg_lightning.sampling import SampleGenerator
+
+
+def companions(attack: Attack, following: Sequence[Attack], oracle: Oracle, y: Tensor) -> list[Attack]:
+    """Return those of the ``following`` attacks that may as well run along with one on samples of the labels ``y``.
+
+    They come right after it and differ in their estimator only, and all rows together cost hardly more than a single one.
+    """
+    room = cheap(y.device) // max(len(y), 1) - 1
+    if room < 1 or not attack.abreast or oracle.stochastic or not can_be_beside(oracle.model):
+        return []
+    bare, passes = replace(attack, estimator=None), len(_estimator(attack, oracle).parts)
+    found: list[Attack] = []
+    for other in following[:room]:
+        own = _estimator(other, oracle)
+        if not (own.per_sample and len(own.parts) == passes and replace(other, estimator=None) == bare):
+            break
+        found.append(other)
+    return found if _estimator(attack, oracle).per_sample else []
+
+
+def _estimator(attack: Attack, oracle: Oracle) -> Estimator:
+    own = oracle.estimator if attack.estimator is None else attack.estimator
+    return own if isinstance(own, Estimator) else BPTT()
+
+
+def run_abreast(
+    attacks: Sequence[Attack], oracle: Oracle, x: Input, y: Tensor, noises: Sequence[SampleGenerator]
+) -> list[AttackResult]:
+    """Run ``attacks``, :func:`companions` of each other, on the same samples.
+
+    What comes of it is as if they ran one after the other, each on the samples that the ones before have left: of those
+    that an earlier attack has broken, a later one's result means nothing.
+
+    Args:
+        attacks: The attacks.
+        oracle: The model.
+        x: Clean inputs (B, ...).
+        y: Labels (B,).
+        noises: Randomness of the samples, for each attack.
+    """
+    size = batch_size(x)
+    rows = torch.arange(size, device=y.device).repeat(len(attacks))
+    whole = select(x, rows)
+    progress = Together(whole, "success", len(attacks))
+    joint = oracle.using(Each(tuple(_estimator(attack, oracle) for attack in attacks), size))
+    noise = SampleGenerator(torch.cat([own.keys for own in noises]))
+    with joint.attacking(fold=True):
+        attacks[0]._search(joint, whole, y[rows], noise, progress, early_drop=True)
+    result = progress.result()
+    return [result.of(rows) for rows in torch.arange(len(rows), device=y.device).split(size)]
