@@ -160,7 +160,8 @@ class _Rough(Function):
         return ctx.rule.second_derivative(grad), None
 
 
-def _keep_for_lif(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def keep_for_lif(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep what :func:`pull_back_lif` needs."""
     x, beta, theta, ctx.dynamics, ctx.rule, ctx.keep, ctx.path = inputs
     # u is an output so that, in a double backward, what depends on it is differentiated through this node again.
     ctx.save_for_backward(output[1], beta, theta)
@@ -168,7 +169,10 @@ def _keep_for_lif(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.dtype, ctx.direct = x.dtype, False
 
 
-def _pull_back_lif(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
+def pull_back_lif(
+    ctx: Any, g: Tensor | None, h: Tensor | None, operator: Callable[..., Any] = lif_backward
+) -> tuple[Tensor | None, ...]:
+    """Pull gradients back through ``lif`` by ``operator``."""
     u, beta, theta = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     if g is None and h is None:
@@ -180,19 +184,21 @@ def _pull_back_lif(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple[Tensor
         if not rule.smooth:
             u, theta = _Rough.apply(u, rule), _Rough.apply(theta, rule)
     # Under create_graph its gradient is wanted, which the operator knows.
-    pull: Callable[..., Any] = _backward if ctx.direct and not torch.is_grad_enabled() else lif_backward
+    pull: Callable[..., Any] = _backward if ctx.direct and not torch.is_grad_enabled() else operator
     found = pull(g, h, u, beta, theta, ctx.dynamics, ctx.rule, *need, ctx.dtype, ctx.path)
     return (*(t if n else None for t, n in zip(found, need, strict=True)), *(None,) * 4)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep what :func:`pull_back_backward` needs."""
     g, h, u, beta, theta, ctx.dynamics, ctx.rule, ctx.need_x, ctx.need_beta, ctx.need_theta, _, _ = inputs
     ctx.has = (g is not None, h is not None)
     ctx.save_for_backward(*(t for t in (g, h) if t is not None), u, beta, theta)
     ctx.set_materialize_grads(False)
 
 
-def _pull_back_backward(ctx: Any, w: Tensor | None, v_beta: Tensor | None, v_theta: Tensor | None) -> tuple[Any, ...]:
+def pull_back_backward(ctx: Any, w: Tensor | None, v_beta: Tensor | None, v_theta: Tensor | None) -> tuple[Any, ...]:
+    """Pull gradients back through ``lif_backward``."""
     *upstream, u, beta, theta = ctx.saved_tensors
     g, h = (upstream.pop(0) if has else None for has in ctx.has)
     w, v_beta, v_theta = (
@@ -215,8 +221,8 @@ def _refuse(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
     raise RuntimeError(f"third-order gradients through the surrogate {ctx.rule} are not available")
 
 
-lif.register_autograd(_pull_back_lif, setup_context=_keep_for_lif)
-lif_backward.register_autograd(_pull_back_backward, setup_context=_keep_for_backward)
+lif.register_autograd(pull_back_lif, setup_context=keep_for_lif)
+lif_backward.register_autograd(pull_back_backward, setup_context=keep_for_backward)
 lif_double_backward.register_autograd(_refuse, setup_context=_keep_rule)
 
 
@@ -226,13 +232,26 @@ class _Direct(Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         output = _forward(*inputs)
-        _keep_for_lif(ctx, inputs, output)
+        keep_for_lif(ctx, inputs, output)
         ctx.direct = True
         return output
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _pull_back_lif(ctx, g, h)
+        return pull_back_lif(ctx, g, h)
+
+
+def _seen_through(device: str, rule: str, path: str) -> bool:
+    """Tell whether a compiler gets the Triton kernels themselves; what it compiles is for one answer."""
+    if paths.without_triton(device) or not (path == "triton" or (path == "auto" and device == "cuda")):
+        return False
+    from sg_lightning.neurons import triton_kernels, triton_operators  # noqa: F401 - defines the operators
+
+    return triton_kernels.knows(surrogates.of_code(rule))
+
+
+# What torch.compiler.assume_constant_result does; calling that would import the compiler, which takes seconds.
+_seen_through._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(
@@ -240,7 +259,8 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Do ``lif``, in the cheapest way that serves the caller."""
     if torch.compiler.is_compiling():
-        return lif(x, beta, theta, dynamics, rule, keep, path)
+        operator = torch.ops.sg_lightning.lif_triton if _seen_through(x.device.type, rule, path) else lif
+        return operator(x, beta, theta, dynamics, rule, keep, path)
     if not keep:
         return _forward(x, beta, theta, dynamics, rule, keep, path)
     return _Direct.apply(x, beta, theta, dynamics, rule, keep, path)

@@ -107,7 +107,7 @@ def choose(path: str, like: Tensor, kind: Hashable) -> Choice:
     if path == "reference":  # the readable loop is not inside the operator
         return Choice("eager", "reference was asked for, but only LIF and RecurrentLIF have it")
     if path == "triton":
-        problem = _without_triton(device)
+        problem = without_triton(device)
         if problem:
             raise RuntimeError(f"the path 'triton' is not possible here: {problem}; use 'auto' or 'eager'")
         return Choice("triton", "asked for")
@@ -118,7 +118,7 @@ def choose(path: str, like: Tensor, kind: Hashable) -> Choice:
             return Choice("eager", f"compiled was asked for, but the layer has {size} neurons, fewer than {LEAST}")
         return Choice("compiled", "asked for")
     if device == "cuda":
-        problem = _without_triton(device)
+        problem = without_triton(device)
         return Choice("eager", problem) if problem else Choice("triton", "CUDA tensors")
     if device != "cpu":
         return Choice("eager", f"tensors on {device}")
@@ -176,7 +176,7 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in ([named] if named else ["g++", "clang++", "c++", "cl"]))
 
 
-def _without_triton(device: str) -> str:
+def without_triton(device: str) -> str:
     """Say why Triton cannot run on a device, or nothing."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"

@@ -2,8 +2,8 @@
 
 Forward reads the input once and writes spikes and membranes; backward reads membranes and upstream gradients
 once and writes the gradient of the input. Gradients of beta and theta leave as one partial sum per block, added up
-afterwards, so that results repeat to the bit. Multiply-add is not contracted, or spikes at the threshold
-would flip; this is why the launch is left to Triton and not handed to Inductor, which decides on contraction itself.
+afterwards, so that results repeat to the bit. Products of the forward pass are rounded before anything is added to them
+(``mul.rn``, which no compiler may contract), or spikes at the threshold would flip.
 
 Import it only where Triton is: see :mod:`~sg_lightning.neurons.paths`.
 """
@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from sg_lightning.neurons import eager
 from sg_lightning.neurons.base import Dynamics
@@ -35,7 +36,8 @@ from sg_lightning.neurons.surrogates import (
 )
 
 BLOCK = 512  # neurons of one program, four per thread
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+WARPS = 4
+ROUNDED = not triton.knobs.runtime.interpret  # the interpreter knows no libdevice, and contracts nothing
 
 # Name and the two constants of each surrogate's formula in _slope; constants, since Triton passes numbers as float32.
 _RULES: dict[type[Surrogate], Callable[[Any], tuple[str, float, float]]] = {
@@ -48,6 +50,11 @@ _RULES: dict[type[Surrogate], Callable[[Any], tuple[str, float, float]]] = {
     Exponential: lambda r: ("exponential", r.slope, r.peak),
     StraightThrough: lambda r: ("straight_through", 0.0, 0.0),
 }
+
+
+@triton.jit
+def _times(a, b, ROUNDED: tl.constexpr):  # noqa: ANN001, ANN202
+    return libdevice.mul_rn(a, b) if ROUNDED else a * b
 
 
 @triton.jit
@@ -78,7 +85,7 @@ def forward_kernel(  # noqa: ANN201
     x, spikes, membranes, beta, theta,  # noqa: ANN001
     steps, size, x_stride,  # noqa: ANN001
     RESET: tl.constexpr, LATE: tl.constexpr, EQUAL: tl.constexpr, KEEP: tl.constexpr,
-    BETAS: tl.constexpr, THETAS: tl.constexpr, BLOCK: tl.constexpr,
+    BETAS: tl.constexpr, THETAS: tl.constexpr, BLOCK: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """Run ``BLOCK`` neurons over all steps; beta and theta are vectors where ``BETAS`` and ``THETAS`` say so."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -91,14 +98,14 @@ def forward_kernel(  # noqa: ANN201
     spikes += at
     membranes += at
     for _ in range(steps):
-        u = b * c + tl.load(x, mask=inside, other=0.0).to(b.dtype)
+        u = _times(b, c, ROUNDED) + tl.load(x, mask=inside, other=0.0).to(b.dtype)
         if LATE:
-            u = u - s * th
+            u = u - _times(s, th, ROUNDED)
         s = (u >= th if EQUAL else u > th).to(b.dtype)
         if RESET == "zero":
-            c = (1.0 - s) * u
+            c = _times(1.0 - s, u, ROUNDED)
         elif RESET == "subtract" and not LATE:
-            c = u - s * th
+            c = u - _times(s, th, ROUNDED)
         else:
             c = u
         tl.store(spikes, s.to(spikes.dtype.element_ty), mask=inside)
@@ -177,17 +184,24 @@ def backward_kernel(  # noqa: ANN201
 
 def forward(x: Tensor, beta: Tensor, theta: Tensor, dynamics: Dynamics, keep: bool) -> tuple[Tensor, Tensor | None]:
     """Do :func:`eager.forward <sg_lightning.neurons.eager.forward>` in one kernel."""
+    with torch.cuda.device_of(x):
+        return launch_forward(forward_kernel, x, beta, theta, dynamics, keep)
+
+
+def launch_forward(
+    kernel: Any, x: Tensor, beta: Tensor, theta: Tensor, dynamics: Dynamics, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Do it by ``kernel``, which is :func:`forward_kernel`, perhaps wrapped for a compiler to see it."""
     steps, size = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     spikes = torch.empty((steps, size), dtype=x.dtype, device=x.device)
     membranes = torch.empty((steps, size), dtype=beta.dtype, device=x.device) if keep else None
     if spikes.numel():
-        with torch.cuda.device_of(x):
-            forward_kernel[(triton.cdiv(size, BLOCK),)](
-                x, spikes, spikes if membranes is None else membranes, beta, theta, steps, size, x.stride(0),
-                RESET=dynamics.reset, LATE=dynamics.subtracts_late, EQUAL=dynamics.fire_at_threshold, KEEP=keep,
-                BETAS=beta.dim() > 0, THETAS=theta.dim() > 0, BLOCK=BLOCK, **OPTIONS,
-            )  # fmt: skip
+        kernel[(_blocks(size),)](
+            x, spikes, spikes if membranes is None else membranes, beta, theta, steps, size, x.stride(0),
+            RESET=dynamics.reset, LATE=dynamics.subtracts_late, EQUAL=dynamics.fire_at_threshold, KEEP=keep,
+            BETAS=beta.dim() > 0, THETAS=theta.dim() > 0, BLOCK=BLOCK, ROUNDED=ROUNDED, num_warps=WARPS,
+        )  # fmt: skip
     return spikes, membranes
 
 
@@ -203,26 +217,51 @@ def backward(
     dtype: torch.dtype,
 ) -> Gradients:
     """Do :func:`eager.backward <sg_lightning.neurons.eager.backward>` in one kernel; for foreign surrogates, call it."""
-    if type(rule) not in _RULES or not u.numel():
+    if not knows(rule) or not u.numel():
         return eager.backward(g, h, u, beta, theta, dynamics, rule, need, dtype)
+    with torch.cuda.device_of(u):
+        return launch_backward(backward_kernel, g, h, u, beta, theta, dynamics, rule, need, dtype)
+
+
+def launch_backward(
+    kernel: Any,
+    g: Tensor | None,
+    h: Tensor | None,
+    u: Tensor,
+    beta: Tensor,
+    theta: Tensor,
+    dynamics: Dynamics,
+    rule: Surrogate,
+    need: Needs,
+    dtype: torch.dtype,
+) -> Gradients:
+    """Do it by ``kernel``, which is :func:`backward_kernel`, perhaps wrapped for a compiler to see it."""
     name, a, b = _RULES[type(rule)](rule)
     steps, size = u.shape
-    grid = triton.cdiv(size, BLOCK)
+    blocks = _blocks(size)
     g = g if g is None or g.stride(1) == 1 else g.contiguous()
     h = h if h is None else h.contiguous()
     dx = torch.empty((steps, size), dtype=dtype, device=u.device) if need[0] else None
     dbeta, dtheta = (
-        torch.empty(size if p.dim() else grid, dtype=u.dtype, device=u.device) if n else None
+        torch.empty(size if p.dim() else blocks, dtype=u.dtype, device=u.device) if n else None
         for p, n in ((beta, need[1]), (theta, need[2]))
     )
-    with torch.cuda.device_of(u):
-        backward_kernel[(grid,)](
-            *(u if t is None else t for t in (g, h)), u, *(u if t is None else t for t in (dx, dbeta, dtheta)),
-            beta, theta, steps, size, 0 if g is None else g.stride(0),
-            RESET=dynamics.reset, LATE=dynamics.subtracts_late,
-            ATTACHED=not dynamics.detach_reset and dynamics.reset != "none", EQUAL=dynamics.fire_at_threshold,
-            RULE=name, A=a, B=b, HAS_G=g is not None, HAS_H=h is not None,
-            NEED_X=need[0], NEED_BETA=need[1], NEED_THETA=need[2],
-            BETAS=beta.dim() > 0, THETAS=theta.dim() > 0, BLOCK=BLOCK, **OPTIONS,
-        )  # fmt: skip
+    kernel[(blocks,)](
+        *(u if t is None else t for t in (g, h)), u, *(u if t is None else t for t in (dx, dbeta, dtheta)),
+        beta, theta, steps, size, 0 if g is None else g.stride(0),
+        RESET=dynamics.reset, LATE=dynamics.subtracts_late,
+        ATTACHED=not dynamics.detach_reset and dynamics.reset != "none", EQUAL=dynamics.fire_at_threshold,
+        RULE=name, A=a, B=b, HAS_G=g is not None, HAS_H=h is not None,
+        NEED_X=need[0], NEED_BETA=need[1], NEED_THETA=need[2],
+        BETAS=beta.dim() > 0, THETAS=theta.dim() > 0, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
     return dx, reduced(dbeta, beta), reduced(dtheta, theta)
+
+
+def knows(rule: Surrogate) -> bool:
+    """Tell whether the kernels have the formula of a surrogate."""
+    return type(rule) in _RULES
+
+
+def _blocks(size: int) -> int:
+    return (size + BLOCK - 1) // BLOCK

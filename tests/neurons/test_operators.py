@@ -211,7 +211,7 @@ def test_environment_variable_and_imports():
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_ahead_without_contraction(capability):
-    """For GPUs that are not here; contraction of multiply-add would show as fma, as it does when it is allowed."""
+    """For GPUs that are not here; contraction of multiply-add would show as fma, as it does for plain products."""
     pytest.importorskip("triton")
     code = f"""
 import triton
@@ -224,14 +224,14 @@ def build(kernel, constants, types, **options):
     types = {{n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}}
     constants = {{(names.index(n),): value for n, value in constants.items()}}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options={{**kernels.OPTIONS, **options}})
+    return triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options=dict(num_warps=kernels.WARPS, **options))
 
 numbers = dict.fromkeys(["steps", "size", "x_stride", "g_stride"], "i32")
-forward = dict(RESET="subtract", LATE=True, EQUAL=False, KEEP=True, BETAS=True, THETAS=False, BLOCK=kernels.BLOCK)
+forward = dict(RESET="subtract", LATE=True, EQUAL=False, KEEP=True, BETAS=True, THETAS=False, BLOCK=kernels.BLOCK, ROUNDED=True)
 for half in ("*fp32", "*bf16"):
     built = build(kernels.forward_kernel, forward, dict(numbers, x=half, spikes=half))
     assert built.asm["cubin"] and "fma" not in built.asm["ptx"]
-assert "fma" in build(kernels.forward_kernel, forward, numbers, enable_fp_fusion=True).asm["ptx"]
+assert "fma" in build(kernels.forward_kernel, dict(forward, ROUNDED=False), numbers).asm["ptx"]
 build(kernels.forward_kernel, dict(forward, size=1, steps=1), numbers)  # Triton makes 1 a constant
 for make in kernels._RULES.items():
     name, a, b = make[1](make[0]())
@@ -255,3 +255,64 @@ def test_readout_keeps_one_membrane_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         LeakyIntegrator(0.9)(x)
     assert sum(t.untyped_storage().nbytes() for t in kept if t.numel() > 1) <= x.numel() * 4
+
+
+SEEN_THROUGH = """
+import sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from torch._dynamo.backends.common import aot_autograd
+from sg_lightning.neurons import LIF, operators, paths, triton_kernels, use_path
+from sg_lightning.neurons.surrogates import Surrogate
+from dataclasses import dataclass
+
+class Driver:  # torch asks it for what the kernels write to
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+triton.runtime.driver.set_active(Driver())
+paths.without_triton = lambda device: ""
+graphs = []
+
+def look(graph, inputs):
+    graphs.append(graph.graph)
+    values = [node.meta["val"] if hasattr(node, "meta") else node for node in graph.graph.output_node().args[0]]
+    return lambda *_: [v if not isinstance(v, torch.Tensor) else torch.zeros(v.shape, dtype=v.dtype) for v in values]
+
+def traced(neuron):
+    graphs.clear()
+    torch._dynamo.reset()
+    x = torch.rand(5, 3, 40, requires_grad=True)
+    with use_path("triton"):
+        fast = torch.compile(lambda x: neuron(2 * x) + 1, fullgraph=True, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
+        fast(x).sum().backward()
+    return graphs
+
+found = [
+    (set(node.kwargs["tensors_to_clone"]), node.kwargs["kwargs"], node.kwargs["grid"])
+    for graph in traced(LIF(0.8, 0.9, learn_beta=True, learn_threshold=True)) for node in graph.nodes
+    if "triton_kernel_wrapper_functional" in str(node.target)
+]
+assert [written for written, _, _ in found] == [{"spikes", "membranes"}, {"dx", "dbeta", "dtheta"}], found
+assert not any("sg_lightning" in str(node.target) for graph in graphs for node in graph.nodes)
+assert all(grid == [(1, 1, 1)] and kernel["size"] == 120 and kernel["steps"] == 5 for _, kernel, grid in found)
+
+@dataclass(frozen=True)
+class Mine(Surrogate):
+    name = "mine"
+    width: float = 1.0
+    def derivative(self, z):
+        return torch.ones_like(z)
+
+names = [str(node.target) for graph in traced(LIF(0.8, surrogate=Mine())) for node in graph.nodes]
+assert "sg_lightning.lif.default" in names and "sg_lightning.lif_backward.default" in names, names
+"""
+
+
+def test_a_compiler_sees_the_triton_kernels():
+    """The graph that Inductor gets holds the kernels, knows what they write to, and no closed operator."""
+    pytest.importorskip("triton")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", SEEN_THROUGH], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

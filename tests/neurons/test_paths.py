@@ -195,6 +195,32 @@ def test_interpreted_sizes(chunked):
         torch.testing.assert_close(found, expected)
 
 
+@only_interpreted
+@pytest.mark.parametrize("rule", [Triangular(0.8), Atan(2.0)], ids=str)
+def test_interpreted_operators(rule, chunked):
+    """Those that a compiler sees through are those that it does not, in values, gradients and their gradients."""
+    from sg_lightning.neurons import operators, triton_operators
+
+    x, beta, theta = (
+        t.requires_grad_() for t in (currents(5, 70), torch.rand(70).double(), torch.rand(70).double() + 0.5)
+    )
+    g, h, w = torch.randn(3, 5, 70, dtype=torch.float64)
+    found = []
+    for call, path in ((operators.lif, "eager"), (triton_operators.lif, "triton")):
+        s, u = call(x, beta, theta, "subtract+reset_delay", rule.code, True, path)
+        first = torch.autograd.grad((s * g + u * h).sum(), [x, beta, theta], create_graph=rule.smooth)
+        second = torch.autograd.grad((first[0] * w).sum(), [x, beta, theta]) if rule.smooth else ()
+        silent = call(x.detach(), beta.detach(), theta.detach(), "zero", rule.code, False, path)
+        assert silent[1].numel() == 0
+        found.append([s, u, silent[0], *first, *second])
+    assert_close(found[1], found[0], 1e-12)
+    u = found[0][1].detach()
+    for need in ((True, False, False), (False, True, True)):
+        arguments = (None, h, u, beta.detach(), theta.detach(), "zero", rule.code, *need, torch.float64)
+        one, two = operators.lif_backward(*arguments, "eager"), triton_operators.lif_backward(*arguments, "triton")
+        assert_close([t for t in two if t.numel()], [t for t in one if t.numel()], 1e-12)
+
+
 def test_triton_kernels():
     """In Triton's interpreter, which must be chosen before Triton is imported."""
     pytest.importorskip("triton")
@@ -203,7 +229,7 @@ def test_triton_kernels():
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "73 passed" in done.stdout, done.stdout[-300:]
+    assert "75 passed" in done.stdout, done.stdout[-300:]
 
 
 @dataclass(frozen=True)
