@@ -30,7 +30,8 @@ def companions(attack: Attack, following: Sequence[Attack], oracle: Oracle, y: T
     found: list[Attack] = []
     for other in following[:room]:
         own = _estimator(other, oracle)
-        if not (own.per_sample and len(own.parts) == passes and replace(other, estimator=None) == bare):
+        alike = type(other) is type(attack) and replace(other, estimator=None) == bare
+        if not (alike and own.per_sample and len(own.parts) == passes):
             break
         found.append(other)
     return found if _estimator(attack, oracle).per_sample else []

@@ -14,7 +14,7 @@ from typing_extensions import Self  # typing has it from Python 3.11
 from sg_lightning.attacks.estimators import Estimator
 from sg_lightning.attacks.losses import higher
 from sg_lightning.attacks.oracle import Gradient, Oracle
-from sg_lightning.inputs import Input, assign, batch_size, detached, device_of, select, tensors
+from sg_lightning.inputs import Input, assign, batch_size, detached, device_of, select, tensors, where
 from sg_lightning.recipes import Storable
 from sg_lightning.sampling import SampleGenerator, as_sample_generator
 from sg_lightning.threats import Threat
@@ -80,35 +80,35 @@ class Progress:
         x_adv: Input,
         loss: Tensor,
         wrong: Tensor,
-        iteration: int,
+        iteration: int | Tensor,
         queries: int,
         found: Gradient | None = None,
     ) -> None:
         """Keep the evaluated points of the samples ``index`` that improve on what is held; ``found`` with a gradient."""
-        open_ = self._spend(index, iteration, queries, found)
-        first = wrong & open_ if self.goal == "success" else torch.zeros_like(wrong)
-        better = open_ & (first | higher(loss, self.loss[index]))
-        kept = index[better]
-        assign(self.x_adv, kept, select(x_adv, better))
-        self.loss[kept] = loss[better].double()
-        self.success[kept] = wrong[better] if self.goal == "loss" else first[better]
+        searched = self._spend(index, iteration, queries, found)
+        first = wrong & searched if self.goal == "success" else torch.zeros_like(wrong)
+        better = searched & (first | higher(loss, self.loss[index]))
+        # Written without boolean indexing, which makes a GPU wait for the host.
+        assign(self.x_adv, index, where(better, x_adv, select(self.x_adv, index)))
+        self.loss[index] = torch.where(better, loss.double(), self.loss[index])
+        self.success[index] = torch.where(better, wrong if self.goal == "loss" else first, self.success[index])
         self._mark(index, found)
 
-    def _spend(self, index: Tensor, iteration: int, queries: int, found: Gradient | None = None) -> Tensor:
+    def _spend(self, index: Tensor, iteration: int | Tensor, queries: int, found: Gradient | None = None) -> Tensor:
         """Count what the samples ``index`` cost; return who was still searched, bool."""
         searched = self._searched(index)
-        self.queries[index[searched]] += queries
-        self.iterations[index[searched]] = iteration
+        self.queries[index] += queries * searched
+        self.iterations[index] = torch.where(searched, iteration, self.iterations[index])
         if found is not None:
-            self.gradients[index[searched]] += 1
-            self.zero_gradients[index[searched]] += found.zero[searched].long()
+            self.gradients[index] += searched
+            self.zero_gradients[index] += searched & found.zero
         return searched
 
     def _searched(self, index: Tensor) -> Tensor:
         """Tell which of the samples ``index`` are still searched, bool: for the highest loss, broken ones too."""
         return ~(self.success | self.invalid)[index] if self.goal == "success" else ~self.invalid[index]
 
-    def discard(self, index: Tensor, iteration: int, queries: int, found: Gradient | None = None) -> None:
+    def discard(self, index: Tensor, iteration: int | Tensor, queries: int, found: Gradient | None = None) -> None:
         """Count a point outside the threat, which a search may pass through but never keeps."""
         self._spend(index, iteration, queries, found)
         self._mark(index, found)

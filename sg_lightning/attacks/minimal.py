@@ -36,7 +36,7 @@ class Smallest(Progress):
         x_adv: Input,
         loss: Tensor,
         wrong: Tensor,
-        iteration: int,
+        iteration: int | Tensor,
         queries: int,
         found: Gradient | None = None,
     ) -> None:

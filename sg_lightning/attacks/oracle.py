@@ -30,13 +30,29 @@ class Counts:
     backwards: int = 0
 
 
-@dataclass
 class Health:
-    """State of the gradients seen so far, in samples."""
+    """State of the gradients seen so far, in samples. Counted where the gradients are, read when asked for."""
 
-    total: int = 0
-    zero: int = 0
-    nonfinite: int = 0
+    def __init__(self) -> None:
+        self.total = 0
+        self._counts: Tensor | None = None  # zero, nonfinite
+
+    def note(self, zero: Tensor, nonfinite: Tensor) -> None:
+        """Add what is said of some samples, bool (B,) each."""
+        self.total += len(zero)
+        if self._counts is None:
+            self._counts = torch.zeros(2, dtype=torch.int64, device=zero.device)
+        self._counts += torch.stack([zero.sum(), nonfinite.sum()])
+
+    @property
+    def zero(self) -> int:
+        """Gradients that were exactly zero."""
+        return 0 if self._counts is None else int(self._counts[0])
+
+    @property
+    def nonfinite(self) -> int:
+        """Gradients with NaN or infinite entries."""
+        return 0 if self._counts is None else int(self._counts[1])
 
     @property
     def share_zero(self) -> float:
@@ -346,9 +362,7 @@ class Oracle:
         """Tell whose gradient is not finite and whose is zero everywhere, bool (B,), and keep count."""
         finite = torch.stack([torch.isfinite(g).flatten(1).all(1) for g in grads]).all(0)
         zero = torch.stack([(g == 0).flatten(1).all(1) for g in grads]).all(0)
-        self.health.total += len(finite)
-        self.health.nonfinite += int((~finite).sum())
-        self.health.zero += int(zero.sum())
+        self.health.note(zero, ~finite)
         if self.on_nonfinite == "raise" and not bool(finite.all()):
             raise FloatingPointError(
                 f"the input gradient of {int((~finite).sum())} of {len(finite)} samples is NaN or infinite; look for "
