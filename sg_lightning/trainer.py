@@ -89,6 +89,7 @@ class RobustTrainer(Trainer):
         votes: int = 1,
         check_samples_count: int = 128,
         keep: Keep = "few",
+        cuda_graphs: bool = False,
     ) -> RobustnessResult:
         """Attack the test set with a suite of attacks; on any number of processes, and again from where it stopped.
 
@@ -108,6 +109,7 @@ class RobustTrainer(Trainer):
             check_samples_count: Samples on which all attacks run, for the honesty checks; 0 switches them off.
             keep: all: also write the adversarial input of every sample, one file adversarial/NORM.pt per norm in ``out``;
                 few: keep some per norm, for pictures.
+            cuda_graphs: Capture the iterations of attacks in CUDA graphs: for small networks on a GPU.
 
         Returns:
             The result, the same on every process.
@@ -116,7 +118,7 @@ class RobustTrainer(Trainer):
             out = Path(ckpt_path).parent.parent / "robustness" / f"{Path(ckpt_path).stem}-{Path(suite).stem}"
         attacks = RobustnessEvaluation(
             suite, max_samples=max_samples, seed=seed, check_samples_count=check_samples_count, estimator=estimator,
-            eot=eot, votes=votes, out=out, keep=keep,
+            eot=eot, votes=votes, out=out, keep=keep, cuda_graphs=cuda_graphs,
         )  # fmt: skip
         with self._watched_by(attacks), warnings.catch_warnings():
             # Of the samples that the sampler repeats, so that all processes have equally many, each counts once.

@@ -22,9 +22,16 @@ def companions(attack: Attack, following: Sequence[Attack], oracle: Oracle, y: T
     """Return those of the ``following`` attacks that may as well run along with one on samples of the labels ``y``.
 
     They come right after it and differ in their estimator only, and all rows together cost hardly more than a single one.
+    None do where iterations are captured: several estimators in one pass cannot be.
     """
     room = cheap(y.device) // max(len(y), 1) - 1
-    if room < 1 or not attack.abreast or oracle.stochastic or not can_be_beside(oracle.model):
+    if (
+        room < 1
+        or oracle.record is not None
+        or not attack.abreast
+        or oracle.stochastic
+        or not can_be_beside(oracle.model)
+    ):
         return []
     bare, passes = replace(attack, estimator=None), len(_estimator(attack, oracle).parts)
     found: list[Attack] = []

@@ -120,8 +120,9 @@ class _Schedule:
     ) -> None:  # fmt: skip
         """Ascend from ``at.point``, leaving the best point in ``at.best``; points count only inside the threat."""
         at.memory = Memory()
+        at.step = torch.full_like(at.index, done)
 
-        def evaluate(iteration: int, *, gradient: bool = True) -> None:
+        def look(*, gradient: bool = True) -> None:
             loss, found = get_loss(attack.loss, targeted=attack.targets > 0), None
             if gradient:
                 found = oracle.value_and_grad(at.point, at.goal, loss, at.memory, at.rows)
@@ -132,41 +133,49 @@ class _Schedule:
             queries = oracle.passes if gradient else 1
             if count:
                 judged = get_loss(attack.loss)(logits, at.y)
-                progress.record(at.index, at.point, judged, logits.argmax(1) != at.y, iteration, queries, found)
+                progress.record(at.index, at.point, judged, logits.argmax(1) != at.y, at.step, queries, found)
             else:
-                progress.discard(at.index, iteration, queries, found)
+                progress.discard(at.index, at.step, queries, found)
 
-        def look(iteration: int) -> None:
+        def look_inside() -> None:
             point = attack.threat.project(at.best, at.x)
-            progress.record(at.index, point, *value(oracle, point, at.y, attack.loss, at.rows), iteration, 1)
+            progress.record(at.index, point, *value(oracle, point, at.y, attack.loss, at.rows), at.step, 1)
 
-        evaluate(done)
-        at.best, at.best_loss, at.best_gradient, at.before = at.point, at.loss, at.gradient, at.loss
-        self.begin(at)
-        wait = self.window
-        for step in range(self.steps):
-            if early_drop:
-                at.keep(progress.open(at.index))
-                if len(at.index) == 0:
-                    return
+        def iterate(*, gradient: bool = True) -> None:
             at.point = self.step(at, step)
-            last = step == self.steps - 1
-            evaluate(done + step + 1, gradient=not last)
+            at.step = at.step + 1
+            look(gradient=gradient)
             better = higher(at.loss, at.best_loss)
             at.best = torch.where(column(better, at.x), at.point, at.best)
             at.best_gradient = torch.where(column(better, at.x), at.gradient, at.best_gradient)
             at.best_loss = torch.where(better, at.loss, at.best_loss)
             at.rises = at.rises + higher(at.loss, at.before)
             at.before = at.loss
-            if not count and (step + 1) % max(self.steps // 3, 1) == 0:
-                look(done + step + 1)
-            wait -= 1
-            if wait == 0 and not last:
-                back = self.adapt(at)
-                at.point = torch.where(column(back, at.x), at.best, at.point)
-                at.gradient = torch.where(column(back, at.x), at.best_gradient, at.gradient)
-                at.rises = torch.zeros_like(at.rises)
-                wait = self.window
+
+        look()
+        at.best, at.best_loss, at.best_gradient, at.before = at.point, at.loss, at.gradient, at.loss
+        self.begin(at)
+        wait = self.window
+        with oracle.iterating(at, progress, attack, self.threat, count) as run:
+            for step in range(self.steps):
+                if early_drop:
+                    oracle.drop(at, progress.open(at.index))
+                    if len(at.index) == 0:
+                        return
+                last = step == self.steps - 1
+                if last:
+                    iterate(gradient=False)
+                else:
+                    run(iterate, step > 0)  # the first step has no momentum
+                if not count and (step + 1) % max(self.steps // 3, 1) == 0:
+                    look_inside()
+                wait -= 1
+                if wait == 0 and not last:
+                    back = self.adapt(at)
+                    at.point = torch.where(column(back, at.x), at.best, at.point)
+                    at.gradient = torch.where(column(back, at.x), at.best_gradient, at.gradient)
+                    at.rises = torch.zeros_like(at.rises)
+                    wait = self.window
 
     window: int
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self  # typing has it from Python 3.11
 
+from sg_lightning.attacks.answers import Gradient
 from sg_lightning.attacks.estimators import Estimator
 from sg_lightning.attacks.losses import higher
-from sg_lightning.attacks.oracle import Gradient, Oracle
+from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.inputs import Input, assign, batch_size, detached, device_of, select, tensors, where
 from sg_lightning.recipes import Storable
 from sg_lightning.sampling import SampleGenerator, as_sample_generator

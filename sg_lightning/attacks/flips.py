@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sg_lightning.attacks.answers import check_labels
 from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.gradient import PGD
 from sg_lightning.attacks.losses import get_loss, higher
-from sg_lightning.attacks.oracle import Oracle, check_labels
+from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.search import Samples, finite, normalised, value, whole_number
 from sg_lightning.inputs import select
 from sg_lightning.sampling import SampleGenerator

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sg_lightning.attacks.answers import check_labels
 from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.losses import Loss, get_loss
-from sg_lightning.attacks.oracle import Oracle, check_labels
+from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.runs import runs
 from sg_lightning.attacks.search import Samples, column, finite, normalised, value, whole_number
 from sg_lightning.inputs import Input, apply
@@ -169,22 +170,47 @@ class PGD(Attack):
     def _ascend(self, oracle: Oracle, at: Samples, loss: Loss, progress: Progress, early_drop: bool) -> None:
         """Climb ``loss`` of (logits, ``at.goal``) from ``at.point``; progress is judged by the untargeted loss."""
         at.memory, at.trend = Memory(), apply(torch.zeros_like, at.x)
+        at.step = torch.zeros_like(at.index)
         decay = (0.75 if self.threat.discrete else 0.0) if self.momentum is None else self.momentum
-        for step in range(self.steps):
+        default, given = self.threat.default_step, self.step_size
+        sizes = [default(self.steps, k) if given is None else parse_eps(given) for k in range(self.steps)]
+
+        def look() -> None:
             found = oracle.value_and_grad(at.point, at.goal, loss, at.memory, at.rows)
-            check_labels(at.y, found.logits.shape[1])
             judged, wrong = get_loss(self.loss)(found.logits, at.y), found.logits.argmax(1) != at.y
-            progress.record(at.index, at.point, judged, wrong, step, oracle.passes, found)
+            progress.record(at.index, at.point, judged, wrong, at.step, oracle.passes, found)
             at.gradient = finite(found.grad)
-            if early_drop:
-                at.keep(progress.open(at.index))
-                if len(at.index) == 0:
-                    return
+
+        def move(size: float) -> None:
             if decay:
                 at.trend = apply(lambda m, g: decay * m + normalised(g), at.trend, at.gradient)
                 at.gradient = at.trend
-            size = self.threat.default_step(self.steps, step) if self.step_size is None else parse_eps(self.step_size)
             at.point = self.threat.project(self.threat.steepest_step(at.point, at.gradient, at.x, size), at.x)
+            at.step = at.step + 1
+
+        def iterate() -> None:
+            move(sizes[0])
+            look()
+
+        look()
+        check_labels(at.y, oracle.classes)
+        alike = len(set(sizes)) == 1
+        with oracle.iterating(at, progress, self) as run:
+            for size in sizes[:-1]:
+                if early_drop:
+                    oracle.drop(at, progress.open(at.index))
+                    if len(at.index) == 0:
+                        return
+                if alike:
+                    run(iterate)
+                else:
+                    move(size)
+                    run(look)
+        if early_drop:
+            oracle.drop(at, progress.open(at.index))
+            if len(at.index) == 0:
+                return
+        move(sizes[-1])
         judged, wrong = value(oracle, at.point, at.y, self.loss, at.rows)
         progress.record(at.index, at.point, judged, wrong, self.steps, 1)
 

@@ -10,10 +10,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from sg_lightning.attacks.answers import Gradient, check_labels
 from sg_lightning.attacks.base import Attack, AttackResult, Goal, Progress
 from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.losses import get_loss
-from sg_lightning.attacks.oracle import Gradient, Oracle, check_labels
+from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.search import Samples, finite, unit, value, whole_number
 from sg_lightning.inputs import Input, assign, detached, select
 from sg_lightning.sampling import SampleGenerator

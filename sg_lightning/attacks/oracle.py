@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from sg_lightning.attacks.answers import Counts, Gradient, Health, check_graph, check_labels, check_logits
+from sg_lightning.attacks.capture import Graphs, Record, State
 from sg_lightning.attacks.estimators import Estimator, Memory, beside
 from sg_lightning.attacks.estimators.beside import Each, Share
 from sg_lightning.attacks.folding import folded, is_compiled
@@ -18,62 +20,11 @@ from sg_lightning.attacks.rest import Rest
 from sg_lightning.attacks.room import Room, cheap, rounded_up
 from sg_lightning.inputs import Input, apply, batch_size, device_of, rebuild, select, tensors
 
+if TYPE_CHECKING:
+    from sg_lightning.attacks.search import Samples
+
 Mode = Literal["eval", "train"]
 OnNonfinite = Literal["mark", "raise"]
-
-
-@dataclass
-class Counts:
-    """Samples sent through the model so far."""
-
-    forwards: int = 0
-    backwards: int = 0
-
-
-class Health:
-    """State of the gradients seen so far, in samples. Counted where the gradients are, read when asked for."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._counts: Tensor | None = None  # zero, nonfinite
-
-    def note(self, zero: Tensor, nonfinite: Tensor) -> None:
-        """Add what is said of some samples, bool (B,) each."""
-        self.total += len(zero)
-        if self._counts is None:
-            self._counts = torch.zeros(2, dtype=torch.int64, device=zero.device)
-        self._counts += torch.stack([zero.sum(), nonfinite.sum()])
-
-    @property
-    def zero(self) -> int:
-        """Gradients that were exactly zero."""
-        return 0 if self._counts is None else int(self._counts[0])
-
-    @property
-    def nonfinite(self) -> int:
-        """Gradients with NaN or infinite entries."""
-        return 0 if self._counts is None else int(self._counts[1])
-
-    @property
-    def share_zero(self) -> float:
-        """Share of gradients that were exactly zero."""
-        return self.zero / self.total if self.total else 0.0
-
-    @property
-    def share_nonfinite(self) -> float:
-        """Share of gradients with NaN or infinite entries."""
-        return self.nonfinite / self.total if self.total else 0.0
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """One evaluation: loss (B,), logits (B, K), input gradient, and whose was non-finite or zero everywhere (B,)."""
-
-    loss: Tensor
-    logits: Tensor
-    grad: Input
-    invalid: Tensor
-    zero: Tensor
 
 
 @dataclass
@@ -93,6 +44,8 @@ class Oracle:
         batch_size: Largest number of samples per model call; ``None``: all at once. Where memory runs out, half as many.
         on_nonfinite: ``"mark"`` the sample as invalid, or ``"raise"``.
         mode: ``"eval"``, or ``"train"`` to keep the flags as they are (batch statistics); buffers are restored anyway.
+        record: Captures the iterations of attacks, :func:`~sg_lightning.attacks.capture.cuda_graph`; ``None``: they run as
+            they are. Stochastic models, several modalities and estimators side by side always do.
         rest: Set by :meth:`seeing` only: the modalities that complete the points asked about. Whoever then asks about some
             samples of the batch says which (``rows``).
 
@@ -111,6 +64,7 @@ class Oracle:
     batch_size: int | None = None
     on_nonfinite: OnNonfinite = "mark"
     mode: Mode = "eval"
+    record: Record | None = None
     rest: Rest | None = None
     counts: Counts = field(default_factory=Counts)
     health: Health = field(default_factory=Health)
@@ -132,6 +86,8 @@ class Oracle:
         self.room.samples = self.batch_size if self.room.samples is None else self.room.samples
         self._compiled = is_compiled(self.model)  # once: every forward pass asks
         self._depth = 0
+        self._folding = False
+        self._graphs: Graphs | None = None
         self.classes = 0  # known after the first forward pass
 
     @property
@@ -184,11 +140,56 @@ class Oracle:
                 if self.mode == "eval":
                     for module in self.modules:
                         module.training = False
-                if fold:
-                    stack.enter_context(folded(self.model))
+            if fold and not self._folding:
+                stack.enter_context(self._folded())
             self._depth += 1
             stack.callback(self._leave)
             yield
+
+    @contextmanager
+    def _folded(self) -> Iterator[None]:
+        self._folding = True
+        if self.record is not None and not self.stochastic:
+            self._graphs = Graphs(self.record)  # for as long as the folded weights are there
+        try:
+            with folded(self.model):
+                yield
+        finally:
+            self._folding, self._graphs = False, None
+
+    @contextmanager
+    def iterating(self, at: Any, progress: Any, *key: Hashable) -> Iterator[Callable[..., None]]:
+        """Run the iterations of an attack, which change ``at`` and ``progress`` and nothing else.
+
+        Inside the block, call what it gives with an iteration and what that one depends on beside tensors and ``key``.
+
+        Args:
+            at: The samples that the attack works on.
+            progress: What it reports to.
+            key: What makes its iterations other than those of other attacks.
+        """
+        graphs = self._graphs
+        if graphs is None or self.rest is not None or isinstance(self.estimator, Each) or self.on_nonfinite == "raise":
+            yield lambda body, *_: body()
+            return
+        state = State([at, progress], [self.counts, self.health])
+        try:
+            yield lambda body, *more: graphs.run(body, (key, more, self.estimator), state)
+        finally:  # nothing stays in the places of a graph
+            state.bind({key: t.clone() for key, t in state.tensors().items()})
+
+    def drop(self, at: Samples, open_: Tensor) -> None:
+        """Take the samples that are not ``open_`` (B,) out; where iterations are captured, down to 1, 2, 4, 8, ... only.
+
+        A graph is captured for every batch size, and those that stay beyond need change nothing.
+        """
+        if self._graphs is None:
+            at.keep(open_)
+            return
+        count = int(open_.sum())
+        size = (1 << (count - 1).bit_length()) if count else 0
+        if size < len(open_):
+            at.take((~open_).byte().argsort(stable=True)[:size].sort().values)
 
     def _leave(self) -> None:
         self._depth -= 1
@@ -310,7 +311,7 @@ class Oracle:
         with beside.applied(self.model, list(zip(estimators, known, sizes, strict=True))):
             z = self._forward(x, rows)
             value = loss(z, y)
-            _check_graph(value)
+            check_graph(value)
             g = torch.autograd.grad(value.sum() * weight, tensors(x), allow_unused=True)
         grads = [torch.zeros_like(t) if part is None else part for t, part in zip(tensors(x), g, strict=True)]
         for share, own in zip(shares, known, strict=True):
@@ -342,7 +343,7 @@ class Oracle:
                 memory = Memory()
                 with nullcontext() if estimator is None else estimator.applied(self.model, memory):
                     passes.append((estimator, memory, self._forward(x, rows)))
-                _check_graph(passes[-1][2])
+                check_graph(passes[-1][2])
             logits = torch.stack([z.detach() for _, _, z in passes]).mean(0)
 
         def pull(upstream: Tensor) -> Gradient:
@@ -398,42 +399,3 @@ class Oracle:
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total + part
-
-
-def _check_graph(value: Tensor) -> None:
-    """Raise ``ValueError`` with the cure unless gradients can flow back from ``value``."""
-    if not value.requires_grad:
-        raise ValueError(
-            "the model's output does not depend on its input through differentiable operations: it detaches, rounds or "
-            "runs under no_grad; white-box attacks need a gradient"
-        )
-
-
-def check_logits(z: Any, samples: int) -> None:
-    """Raise with the cure unless ``z`` looks like logits (B, K)."""
-    if not isinstance(z, Tensor):
-        raise TypeError(
-            f"the model returned a {type(z).__name__}, but attacks need one tensor of logits (B, K): wrap it in a module "
-            "whose forward returns logits only (from_snntorch(...) does that for snnTorch networks)"
-        )
-    if z.dim() != 2 or z.shape[0] != samples or not z.is_floating_point():
-        raise ValueError(
-            f"the model returned {z.dtype} of shape {tuple(z.shape)} for {samples} samples; expected float logits "
-            f"({samples}, K) with K >= 2 classes"
-        )
-    if z.shape[1] < 2:
-        raise ValueError("the model returned one output per sample; attacks need logits of at least 2 classes")
-    values = z.detach().float()
-    if bool(((values >= 0) & (values <= 1)).all()) and bool(((values.sum(1) - 1).abs() < 1e-4).all()):
-        raise ValueError(
-            "the model returned probabilities (rows in [0, 1] that sum to 1), but attacks need logits: a softmax hides "
-            "gradients and overstates robustness. Remove the final softmax"
-        )
-
-
-def check_labels(y: Tensor, classes: int) -> None:
-    """Raise ``ValueError`` if a label is no class of the model."""
-    if int(y.max()) >= classes:
-        raise ValueError(
-            f"label {int(y.max())} is no class of the model, whose logits have {classes} classes (0 to {classes - 1})"
-        )

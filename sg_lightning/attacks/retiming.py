@@ -8,10 +8,11 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
+from sg_lightning.attacks.answers import check_labels
 from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.losses import get_loss
-from sg_lightning.attacks.oracle import Oracle, check_labels
+from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.search import Samples, finite, value, whole_number
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import SpikeRetiming

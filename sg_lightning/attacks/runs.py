@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sg_lightning.attacks.answers import check_labels
 from sg_lightning.attacks.base import Goal, Progress
 from sg_lightning.attacks.losses import get_loss
-from sg_lightning.attacks.oracle import Oracle, check_labels
+from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.room import cheap
 from sg_lightning.attacks.search import Samples
 from sg_lightning.inputs import Input, batch_size, select

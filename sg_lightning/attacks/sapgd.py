@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sg_lightning.attacks.answers import check_labels
 from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.losses import get_loss
-from sg_lightning.attacks.oracle import Oracle, check_labels
+from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.runs import runs
-from sg_lightning.attacks.search import Samples, finite, normalised, value, whole_number
+from sg_lightning.attacks.search import Samples, column, finite, normalised, value, whole_number
 from sg_lightning.inputs import Input
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import Linf
@@ -73,28 +74,46 @@ class SAPGD(Attack):
     def _ascend(self, oracle: Oracle, at: Samples, progress: Progress, early_drop: bool) -> None:
         at.memory = Memory()
         at.trend, at.squares = torch.zeros_like(at.x), torch.zeros_like(at.x)
-        size = self.threat.budget
+        at.step = torch.zeros_like(at.index)
+        at.size = torch.full_like(at.index, self.threat.budget, dtype=at.x.dtype)
         window, shortest, closer = (max(int(share * self.steps), 1) for share in (0.22, 0.06, 0.03))
         wait = window
-        for step in range(self.steps):
+
+        def look() -> None:
             found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory, at.rows)
-            check_labels(at.y, found.logits.shape[1])
             wrong = found.logits.argmax(1) != at.y
-            progress.record(at.index, at.point, found.loss, wrong, step, oracle.passes, found)
+            progress.record(at.index, at.point, found.loss, wrong, at.step, oracle.passes, found)
             at.gradient = finite(found.grad)
-            if early_drop:
-                at.keep(progress.open(at.index))
-                if len(at.index) == 0:
-                    return
+
+        def move() -> None:
             at.trend = 0.5 * at.trend + normalised(at.gradient)
             # Squares of the normalised gradient over their mean are those of the gradient over theirs, without underflow.
             at.squares = 0.8 * at.squares + normalised(normalised(at.gradient).square())
-            move = (at.trend / (at.squares.sqrt() + 1e-12) * size).clamp(-size, size)
-            at.point = self.threat.project(at.point + move, at.x)
-            wait -= 1
-            if wait == 0:
-                size /= 2
-                window = max(window - closer, shortest)
-                wait = window
+            size = column(at.size, at.x)
+            moved = (at.trend / (at.squares.sqrt() + 1e-12) * size).clamp(-size, size)
+            at.point = self.threat.project(at.point + moved, at.x)
+            at.step = at.step + 1
+
+        def iterate() -> None:
+            move()
+            look()
+
+        look()
+        check_labels(at.y, oracle.classes)
+        with oracle.iterating(at, progress, self) as run:
+            for step in range(self.steps):
+                if early_drop:
+                    oracle.drop(at, progress.open(at.index))
+                    if len(at.index) == 0:
+                        return
+                if step < self.steps - 1:
+                    run(iterate)
+                else:
+                    move()
+                wait -= 1
+                if wait == 0:
+                    at.size = at.size / 2
+                    window = max(window - closer, shortest)
+                    wait = window
         loss, wrong = value(oracle, at.point, at.y, self.loss, at.rows)
         progress.record(at.index, at.point, loss, wrong, self.steps, 1)

@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sg_lightning.attacks.answers import Gradient, check_labels
 from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.flips import best_first, require_binary, require_flips, try_events
 from sg_lightning.attacks.losses import margin
-from sg_lightning.attacks.oracle import Gradient, Oracle, check_labels
+from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.search import Samples, finite, value, whole_number
 from sg_lightning.sampling import SampleGenerator
 

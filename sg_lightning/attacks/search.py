@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sg_lightning.attacks.answers import check_labels
 from sg_lightning.attacks.losses import get_loss
-from sg_lightning.attacks.oracle import Oracle, check_labels
+from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.inputs import Input, apply, select
 
 
@@ -30,13 +31,16 @@ class Samples:
 
     def keep(self, mask: Tensor) -> None:
         """Keep the samples where ``mask`` (B,) is true."""
-        if bool(mask.all()):
-            return
+        if not bool(mask.all()):
+            self.take(mask)
+
+    def take(self, index: Tensor) -> None:
+        """Keep the samples ``index`` (int64 or bool mask)."""
         for name, part in self.__dict__.items():
             if isinstance(part, Tensor | dict):
-                self.__dict__[name] = select(part, mask)
+                self.__dict__[name] = select(part, index)
             elif not isinstance(part, int | float):
-                self.__dict__[name] = part.select(mask)
+                self.__dict__[name] = part.select(index)
 
 
 def value(oracle: Oracle, point: Input, y: Tensor, loss: str, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,11 @@ from typing import ClassVar, Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from sg_lightning.attacks.answers import check_labels
 from sg_lightning.attacks.base import Attack, Progress
 from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.losses import get_loss
-from sg_lightning.attacks.oracle import Oracle, check_labels
+from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.runs import runs
 from sg_lightning.attacks.search import Samples, finite, normalised, unit, value, whole_number
 from sg_lightning.inputs import Input
@@ -60,19 +61,27 @@ class _Sparse(Attack):
             self._ascend(oracle, at, own, early_drop)
 
     def _ascend(self, oracle: Oracle, at: Samples, progress: Progress, early_drop: bool) -> None:
-        at.memory = Memory()
+        at.memory, at.step = Memory(), torch.zeros_like(at.index)
         self._begin(at)
-        for step in range(self.steps):
+
+        def look() -> None:
             found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory, at.rows)
-            check_labels(at.y, found.logits.shape[1])
             wrong = found.logits.argmax(1) != at.y
-            progress.record(at.index, at.point, found.loss, wrong, step, oracle.passes, found)
+            progress.record(at.index, at.point, found.loss, wrong, at.step, oracle.passes, found)
             at.gradient = finite(found.grad)
-            if early_drop:
-                at.keep(progress.open(at.index))
-                if len(at.index) == 0:
-                    return
-            self._advance(at, step)
+
+        look()
+        check_labels(at.y, oracle.classes)
+        with oracle.iterating(at, progress, self) as run:
+            for step in range(self.steps):
+                if early_drop:
+                    oracle.drop(at, progress.open(at.index))
+                    if len(at.index) == 0:
+                        return
+                self._advance(at, step)
+                at.step = at.step + 1
+                if step < self.steps - 1:
+                    run(look)
         loss, wrong = value(oracle, at.point, at.y, self.loss, at.rows)
         progress.record(at.index, at.point, loss, wrong, self.steps, 1)
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self  # typing has it from Python 3.11
 
+from sg_lightning.attacks.answers import Counts, Health
 from sg_lightning.attacks.base import Attack, Progress
-from sg_lightning.attacks.oracle import Counts, Health, Oracle
+from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.search import value
 from sg_lightning.attacks.suites import Entry, Suite
 from sg_lightning.fingerprint import fingerprint_model

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler, SequentialSampler
 
 from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite, read_suite
+from sg_lightning.attacks.capture import recorder
 from sg_lightning.callbacks.loggers import log_result
 from sg_lightning.callbacks.progress import bar_beside
 from sg_lightning.domains import Domain, Domains, domains_text
@@ -48,6 +49,7 @@ class RobustnessEvaluation(Callback):
         out: Folder for the result, ``None``: nothing is written. In ``validate`` and ``test`` rows are written as they
             are made and an interrupted run goes on from there; ``fit`` writes one folder per attacked epoch.
         keep: ``"all"`` writes the adversarial input of every sample into ``out`` too, in ``validate`` and ``test``.
+        cuda_graphs: As in :func:`~sg_lightning.evaluation.evaluate`.
 
     Raises:
         ValueError: on numbers out of range or ``keep="all"`` without ``out``; at the start of a stage on missing
@@ -69,6 +71,7 @@ class RobustnessEvaluation(Callback):
         votes: int = 1,
         out: str | Path | None = None,
         keep: Keep = "few",
+        cuda_graphs: bool = False,
     ) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be >= 1, got {every_n_epochs}")
@@ -91,6 +94,7 @@ class RobustnessEvaluation(Callback):
         self.votes = votes
         self.out = None if out is None else Path(out)
         self.keep: Keep = keep
+        self.cuda_graphs = cuda_graphs
         self.result: RobustnessResult | None = None
         self._session: Session | None = None
         self._next = 0
@@ -125,7 +129,8 @@ class RobustnessEvaluation(Callback):
             )
         total = len(loader.dataset)
         self._samples = total if self.max_samples is None else min(total, self.max_samples)
-        oracle = Oracle(pl_module, estimator=self.estimator, eot=self.eot, votes=self.votes)
+        record = recorder(self.cuda_graphs, pl_module.device)
+        oracle = Oracle(pl_module, estimator=self.estimator, eot=self.eot, votes=self.votes, record=record)
         self._session = Session(
             oracle, self._resolve(trainer).applicable(pl_module)[0], samples=self._samples, seed=self.seed,
             check_samples_count=self.check_samples_count,

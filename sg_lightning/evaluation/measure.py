@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sg_lightning.attacks import Estimator, Oracle, Suite, load_suite, with_substitutes
+from sg_lightning.attacks.capture import recorder
 from sg_lightning.domains import Domains, domains_text
 from sg_lightning.evaluation.adversarial import Keep
 from sg_lightning.evaluation.data import Source, check_samples, data_name, legal_domain, to_device
@@ -39,6 +40,7 @@ def evaluate(
     substitutes: Mapping[str, Callable[..., Any]] | None = None,
     check_samples_count: int = 128,
     keep: Keep = "few",
+    cuda_graphs: bool = False,
     progress: bool = True,
 ) -> RobustnessResult:
     """Attack every test sample under every norm of a suite and report what is left.
@@ -67,6 +69,8 @@ def evaluate(
         keep: ``"all"`` writes the adversarial input of every sample, one file ``adversarial/<norm>.pt`` per norm in
             ``out`` (:class:`~sg_lightning.evaluation.adversarial.AdversarialStore` says what is in it); ``"few"`` keeps
             some per norm, for pictures.
+        cuda_graphs: Capture the iterations of attacks in CUDA graphs, where they allow it: for small networks on a GPU,
+            which waits for Python otherwise. What cannot be captured runs as it is.
         progress: Show a progress bar on stderr.
 
     Returns:
@@ -74,7 +78,7 @@ def evaluate(
 
     Raises:
         ValueError: on bad data, labels, budgets, an unknown suite, an ``out`` that holds another run, or
-            ``keep="all"`` without ``out``.
+            ``keep="all"`` without ``out``, ``cuda_graphs`` for a model that is not on a GPU.
         TypeError: if the model does not return one tensor of logits.
     """
     if batch_size < 1 or check_samples_count < 0:
@@ -88,8 +92,9 @@ def evaluate(
     resolved, left_out = load_suite(suite, budgets, domain).applicable(model)
     substitutes = substitutes or {}
     resolved = with_substitutes(resolved, substitutes)
-    oracle = Oracle(model, estimator=estimator, eot=eot, votes=votes)
     device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
+    record = recorder(cuda_graphs, device)
+    oracle = Oracle(model, estimator=estimator, eot=eot, votes=votes, record=record)
     batches = source.batches(batch_size)
     first = next(batches)
     check_samples(first[0], first[1], domain)

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from sg_lightning.attacks import APGD, Oracle, verify
+from sg_lightning.attacks import APGD, PGD, Entry, Oracle, Suite, verify
 from sg_lightning.attacks.folding import folded
 from sg_lightning.backbones import VGG, ConvNet, WideResNet
+from sg_lightning.evaluation.engine import RobustnessRun
 from sg_lightning.threats import Linf
 
 
@@ -95,3 +96,29 @@ def test_attacks_work_on_the_folded_model_and_are_judged_on_the_model_as_it_is(m
     verdict = verify(oracle, threat, x, found.x_adv, y)
     assert seen == [False]
     assert bool(verdict.inside.all())
+
+
+def test_attacks_of_an_evaluation_work_on_the_folded_model(monkeypatch):
+    """Although the oracle has been entered before, for all attacks; what is outside of them is asked as it is."""
+    x = torch.rand(8, 1, 8, 8)
+    net = trained(ConvNet(channels=(4, 8), hidden=16), x)
+    seen = {"search": [], "other": []}
+    place, search, forward = ["other"], PGD._search, Oracle._forward
+
+    def searching(*args):
+        place[0] = "search"
+        search(*args)
+        place[0] = "other"
+
+    def asked(self, *args):
+        seen[place[0]].append(any(isinstance(m, nn.Identity) for m in self.modules))
+        return forward(self, *args)
+
+    monkeypatch.setattr(PGD, "_search", searching)
+    monkeypatch.setattr(Oracle, "_forward", asked)
+    suite = Suite("one", (Entry(Linf(0.1), (PGD(Linf(0.1), steps=3),), True),), control=False)
+    RobustnessRun(Oracle(net), suite).batch(x, net(x).argmax(1), range(8))
+    assert len(seen["search"]) > 2
+    assert all(seen["search"])
+    assert len(seen["other"]) >= 2  # clean inputs, and the verdict
+    assert not any(seen["other"])
