@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -102,7 +103,7 @@ def official_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def our_loss(net: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return the same loss by our objective."""
     x = x.clone().requires_grad_()
-    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+    with torch.autocast(x.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
         z = net(x)
         penalty = sparse_gradient_penalty(net, x, y, logits=z, step_size=STEP)
         return cross_entropy(z.float() if dtype else z, y) + WEIGHT * penalty
@@ -163,12 +164,14 @@ def check() -> dict[str, float]:
     return {"loss": float(losses[0].detach()), "gradients_relative_to_largest": apart, "least_firing": min(rates)}
 
 
-def measure(steps: int, batch: int, rounds: int) -> dict[str, Any]:
+def measure(
+    steps: int, batch: int, rounds: int, device: str = "cpu", clock: Callable[[], float] = time.process_time
+) -> dict[str, Any]:
     """Race the ways to take the step."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(batch, 3, 32, 32, generator=generator), torch.randint(0, 10, (batch,), generator=generator)
-    net = build(steps)
-    floor = Repeated(build(steps, spiking=False), steps)
+    x, y, net = x.to(device), y.to(device), build(steps).to(device)
+    floor = Repeated(build(steps, spiking=False), steps).to(device)
 
     def step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Callable[[int], None]:
         optimiser = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
@@ -189,7 +192,7 @@ def measure(steps: int, batch: int, rounds: int) -> dict[str, Any]:
     }
     for run in runs.values():
         run(0)
-    seconds = race(runs, rounds, lambda *_: None)
+    seconds = race(runs, rounds, lambda *_: None, clock=clock)
     return {name: {"seconds": spent, "speedup": ratios(seconds[BASE], spent)} for name, spent in seconds.items()}
 
 

@@ -66,13 +66,14 @@ def contestants(network: Network) -> dict[str, nn.Module]:
     return {name: Static(net, network) for name, net in found.items()}
 
 
-def batch(network: Network) -> tuple[Tensor, Tensor]:
+def batch(network: Network, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Return inputs (B, ...) or, as a view with time first in memory, (B, T, ...), and labels."""
     sequence, y = network.inputs()
-    return sequence[0] if network.constant else sequence.transpose(0, 1), y
+    x = sequence[0] if network.constant else sequence.transpose(0, 1)
+    return x.to(device), y.to(device)
 
 
-def check(nets: dict[str, nn.Module], network: Network) -> dict[str, Any]:
+def check(nets: dict[str, nn.Module], network: Network, device: str = "cpu") -> dict[str, Any]:
     """Refuse to time networks that are silent or not the same.
 
     snnTorch stepped over time normalises every step by itself in training, so it is compared in evaluation state, with
@@ -81,7 +82,7 @@ def check(nets: dict[str, nn.Module], network: Network) -> dict[str, Any]:
     Raises:
         RuntimeError: if they are not.
     """
-    x, y = batch(network)
+    x, y = batch(network, device)
     rates = networks.firing(
         nets[OURS].train().net, x.expand(network.steps, *x.shape) if network.constant else x.transpose(0, 1)
     )
@@ -126,7 +127,7 @@ def training_step(net: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype | Non
     def run(_: int) -> None:
         net.train()
         optimiser.zero_grad()
-        with _cast(dtype):
+        with _cast(dtype, x):
             loss = cross_entropy(net(x).float(), y)
         loss.backward()
         optimiser.step()
@@ -147,7 +148,7 @@ def attack_step(
         point = x.clone()
         for _step in range(3):
             point = point.detach().requires_grad_()
-            with _cast(dtype):
+            with _cast(dtype, x):
                 loss = cross_entropy(net(point).float(), y)
             if backward:
                 net.zero_grad()
@@ -166,8 +167,8 @@ def attack_step(
     return engine if type(net.net) in (Folded, networks.Compiled) else usual
 
 
-def _cast(dtype: torch.dtype | None) -> Any:
-    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+def _cast(dtype: torch.dtype | None, x: Tensor) -> Any:
+    return nullcontext() if dtype is None else torch.autocast(x.device.type, dtype)
 
 
 def measure(name: str, rounds: int, precisions: Sequence[str]) -> list[dict[str, Any]]:
