@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 Argument: TypeAlias = "Tensor | list[Tensor] | None"
+_PART = 65_536  # neurons of the first call, which is made in copies: enough for many threads, little memory
 _log = logging.getLogger(__name__)
 
 
@@ -67,8 +68,8 @@ class Compiled:
 
     def _first(self, size: int, *args: Argument) -> tuple[Any, ...]:
         started = time.perf_counter()
-        # Clones, so that every tensor is told from the others by its address.
-        alone = [a if a is None else [t.clone() for t in a] if isinstance(a, list) else a.clone() for a in args]
+        part = min(size, _PART)
+        alone, others = _cut(args, size, part), _cut(args, size, part)
         try:
             found = self._guarded(*alone)
         except Exception:  # noqa: BLE001 - a real fault comes back here
@@ -76,20 +77,19 @@ class Compiled:
             found = self._guarded(*alone)
         self._started = True
         try:
-            self._arrange(size, alone, found)
-            again = self(size, *args)
+            self._arrange(part, alone, found)
+            again = self(part, *others)
             same = [(a, b) for a, b in zip(found, again, strict=True) if a is not None]
             same += zip(_flat([a for a in alone if isinstance(a, list)]),
-                        _flat([a for a in args if isinstance(a, list)]), strict=True)  # fmt: skip
+                        _flat([a for a in others if isinstance(a, list)]), strict=True)  # fmt: skip
             if not all(_same(a, b) for a, b in same):
                 raise ValueError("its results differ")
         except Exception as error:  # noqa: BLE001 - whatever a private interface may do
             self._code = None
             _log.info("A compiled neuron (%s) keeps the guards of torch.compile: %s", self._name, error)
-            again = self._guarded(*map(_alone, args))
         self._made.clear()
         _log.info("Compiled a neuron (%s) in %.1f s", self._name, time.perf_counter() - started)
-        return again
+        return self(size, *args)
 
     def _arrange(self, size: int, args: list[Any], found: tuple[Tensor | None, ...]) -> None:
         """Find out which argument goes where in the compiled code."""
@@ -129,6 +129,15 @@ class Compiled:
 
         with functorch.patch(enable_autograd_cache=False):  # which hands out old code without calling `inner`
             return compile_fx(graph, examples, inner_compile=inner)
+
+
+def _cut(args: Any, size: int, part: int) -> list[Any]:
+    """Return copies, of the first ``part`` where there are ``size``, so that all tensors are told apart by their address."""
+
+    def copy(t: Tensor) -> Tensor:
+        return t[..., :part].clone() if t.dim() and t.shape[-1] == size else t.clone()
+
+    return [a if a is None else [copy(t) for t in a] if isinstance(a, list) else copy(a) for a in args]
 
 
 def _flat(args: Any) -> list[Tensor]:

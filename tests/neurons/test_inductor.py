@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 
-from sg_lightning.neurons import paths
+from sg_lightning.neurons import inductor, paths
 from sg_lightning.neurons.inductor import Compiled
 
 pytestmark = pytest.mark.skipif(not paths.has_compiler(), reason="needs a C++ compiler")
@@ -41,8 +41,10 @@ def checked(compiled, size, *, extra=False):
     assert bool(out[:2].isnan().all())
 
 
-@pytest.mark.parametrize("extra", [False, True])
-def test_calls_go_straight_to_the_code_for_all_sizes(extra):
+@pytest.mark.parametrize(("extra", "part"), [(False, 65_536), (True, 65_536), (True, 70)])
+def test_calls_go_straight_to_the_code_for_all_sizes(extra, part, monkeypatch):
+    """Also where the first call, which compiles, was made in copies of a part."""
+    monkeypatch.setattr(inductor, "_PART", part)
     torch._dynamo.reset()
     compiled = Compiled(made(), "test")
     checked(compiled, 100, extra=extra)
