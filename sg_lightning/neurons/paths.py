@@ -14,6 +14,7 @@ that compiling, which takes seconds, pays: short runs never wait for a compiler.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -172,8 +173,12 @@ def _module(path: str, like: Tensor, kind: Hashable) -> Any:
 
 def has_compiler() -> bool:
     """Tell whether there is a C++ compiler."""
-    named = os.environ.get("CXX")
-    return any(shutil.which(name) for name in ([named] if named else ["g++", "clang++", "c++", "cl"]))
+    return _found(os.environ.get("CXX"), os.environ.get("PATH"))
+
+
+@functools.cache
+def _found(named: str | None, path: str | None) -> bool:  # looking takes as long as a small layer
+    return any(shutil.which(name, path=path) for name in ([named] if named else ["g++", "clang++", "c++", "cl"]))
 
 
 def without_triton(device: str) -> str:
