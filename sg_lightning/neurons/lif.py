@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sg_lightning.neurons import fused, paths, reference, rules
+from sg_lightning.neurons import fused, paths, recurrence, reference, rules
 from sg_lightning.neurons.base import (
     Dynamics,
     Reset,
@@ -262,7 +262,8 @@ class LIF(_LeakyFire):
 class RecurrentLIF(_LeakyFire):
     """Turn currents over time into spikes that also feed back to all neurons of the layer.
 
-    As :class:`LIF` with x_t + W s_{t-1} for x_t. It runs step by step, as the feedback cannot be fused over time.
+    As :class:`LIF` with x_t + W s_{t-1} for x_t. It runs step by step, as the feedback cannot be fused over time; the backward
+    pass is a closed form that keeps the membranes only.
 
     Args:
         features: Number of neurons N.
@@ -317,6 +318,12 @@ class RecurrentLIF(_LeakyFire):
         self._check(x)
         beta, theta = self._broadcast(x)
         rule = self._rule_of_steps(x, beta, theta, self.recurrent)
+        # A compiler takes the readable loop apart by itself.
+        readable = (
+            paths.wanted() == "reference" or torch.compiler.is_compiling() or not recurrence.serves(self.recurrent)
+        )
+        if isinstance(rule, Surrogate) and not readable:
+            return recurrence.simulate(x, self.recurrent, beta, theta, self.dynamics, rule)
         return reference.simulate(x, beta, theta, self.dynamics, rule, recurrent=self.recurrent)[0]
 
     def forward_state(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
