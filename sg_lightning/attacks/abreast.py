@@ -51,11 +51,10 @@ def _estimator(attack: Attack, oracle: Oracle) -> Estimator:
 
 def run_abreast(
     attacks: Sequence[Attack], oracle: Oracle, x: Input, y: Tensor, noises: Sequence[SampleGenerator]
-) -> list[AttackResult]:
+) -> list[tuple[AttackResult, Tensor]]:
     """Run ``attacks``, :func:`companions` of each other, on the same samples.
 
-    What comes of it is as if they ran one after the other, each on the samples that the ones before have left: of those
-    that an earlier attack has broken, a later one's result means nothing.
+    What comes of it is as if they ran one after the other, each on the samples that the ones before have left.
 
     Args:
         attacks: The attacks.
@@ -63,6 +62,10 @@ def run_abreast(
         x: Clean inputs (B, ...).
         y: Labels (B,).
         noises: Randomness of the samples, for each attack.
+
+    Returns:
+        What each attack found, and for which samples it was given up, bool (B,), because an earlier one had broken them:
+        there it means nothing.
     """
     size = batch_size(x)
     rows = torch.arange(size, device=y.device).repeat(len(attacks))
@@ -72,5 +75,9 @@ def run_abreast(
     noise = SampleGenerator(torch.cat([own.keys for own in noises]))
     with joint.attacking(fold=True):
         attacks[0]._search(joint, whole, y[rows], noise, progress, early_drop=True)
-    result = progress.result()
-    return [result.of(rows) for rows in torch.arange(len(rows), device=y.device).split(size)]
+    result, given_up = progress.result(), torch.zeros(size, dtype=torch.bool, device=y.device)
+    found = []
+    for places in torch.arange(len(rows), device=y.device).split(size):
+        found.append((result.of(places), given_up))
+        given_up = given_up | (result.success | result.invalid)[places]
+    return found

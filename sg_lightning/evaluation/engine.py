@@ -180,8 +180,11 @@ class RobustnessRun:
         """Run an attack on the samples ``index`` of a batch, or look up what it found while another one ran."""
         threat = attack.threat
         if attack in batch.ahead:
-            before, found = batch.ahead.pop(attack)
-            return found.of(torch.searchsorted(before, index))  # who stands now stood then: samples only ever fall
+            before, found, given_up = batch.ahead.pop(attack)
+            places = torch.searchsorted(before, index)  # who stands now stood then: samples only ever fall
+            if not bool(given_up[places].any()):
+                return found.of(places)
+            following = ()  # what broke a sample did not pass verification: all over again
         if attack.minimal:  # once for all budgets
             whatever_eps = attack.with_threat(threat.with_eps(0))
             if whatever_eps not in batch.searched:
@@ -194,8 +197,8 @@ class RobustnessRun:
         streams = [part.noise.fork(threat.norm, str(threat.eps), other.name) for other in group]
         if len(group) == 1:
             return attack.run(self.oracle, part.x, part.y, generator=streams[0])
-        found, *later = run_abreast(group, self.oracle, part.x, part.y, streams)
-        batch.ahead.update({other: (index, result) for other, result in zip(group[1:], later, strict=True)})
+        (found, _), *later = run_abreast(group, self.oracle, part.x, part.y, streams)
+        batch.ahead.update({other: (index, *result) for other, result in zip(group[1:], later, strict=True)})
         return found
 
     @contextmanager
@@ -267,7 +270,7 @@ class _Batch:
     noise: SampleGenerator
     rows: list[Row]
     searched: dict[Attack, tuple[Tensor, AttackResult]] = field(default_factory=dict)
-    ahead: dict[Attack, tuple[Tensor, AttackResult]] = field(default_factory=dict)
+    ahead: dict[Attack, tuple[Tensor, AttackResult, Tensor]] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> _Batch:
         rows = [self.rows[k] for k in index.tolist()]

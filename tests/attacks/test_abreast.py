@@ -19,10 +19,12 @@ from sg_lightning.attacks import (
     SAPGD,
     SPGD,
     Act,
+    Entry,
     GreedyFlips,
     Mix,
     Oracle,
     SpikeRetimingAttack,
+    Suite,
     SwapFlips,
     load_suite,
     room,
@@ -32,6 +34,7 @@ from sg_lightning.attacks.estimators import Memory, beside
 from sg_lightning.attacks.estimators.beside import Each
 from sg_lightning.attacks.losses import get_loss
 from sg_lightning.backbones import ConvNet, SpikingMLP
+from sg_lightning.evaluation import engine
 from sg_lightning.evaluation.engine import RobustnessRun
 from sg_lightning.neurons import LIF
 from sg_lightning.neurons.surrogates import Atan
@@ -170,9 +173,10 @@ def test_attacks_abreast_are_attacks_in_turn(attack, monkeypatch):
     noises = [SampleGenerator.from_ids(3, list(range(len(y)))).fork(a.name) for a in attacks]
     together = run_abreast(attacks, oracle, x, y, noises)
     standing, broken = torch.arange(len(y)), []
-    for own, noise, found in zip(attacks, noises, together, strict=True):
+    for own, noise, (found, given_up) in zip(attacks, noises, together, strict=True):
         if not len(standing):
             break
+        assert given_up.nonzero().squeeze(1).tolist() == sorted(set(range(len(y))) - set(standing.tolist()))
         expected = own.run(oracle, x[standing], y[standing], generator=noise.select(standing))
         found = found.of(standing)
         for name in ("success", "invalid", "iterations", "queries", "gradients", "zero_gradients"):
@@ -233,6 +237,28 @@ def test_a_suite_gives_the_same_rows(monkeypatch, tmp_path):
         assert replace(one, size=0.0) == replace(two, size=0.0)
         assert one.size == pytest.approx(two.size, rel=1e-6)
     assert {row.status for row in abreast} >= {"broken", "survived", "skipped"}
+
+
+def test_what_was_given_up_in_vain_is_done_again(monkeypatch):
+    """A sample that one attack breaks on the folded model, but not on the model as it is, meets the next attack in full."""
+    net, x = images()
+    y = net(x).argmax(1)
+    attacks = tuple(APGD(Linf(0.03), steps=8, estimator=e) for e in (None, HART(0.5), ASSG(0.4)))
+    suite = Suite("one", (Entry(Linf(0.03), attacks, True),), control=False)
+    verify = engine.verify
+
+    def denying(oracle, threat, x, x_adv, y):
+        verdict = verify(oracle, threat, x, x_adv, y)
+        return replace(verdict, misclassified=torch.zeros_like(verdict.misclassified)) if len(y) == 10 else verdict
+
+    monkeypatch.setattr(engine, "verify", denying)
+    rows = []
+    for cheap in ({}, {"cpu": 40}):
+        monkeypatch.setattr(room, "_CHEAP", cheap)
+        found = RobustnessRun(Oracle(net), suite, seed=4).batch(x, y, range(10))
+        rows.append([replace(row, size=0.0) for row in found])
+    assert rows[0] == rows[1]
+    assert any(row.status == "survived" and row.iterations < 8 for row in rows[0])  # broken, and denied
 
 
 def test_a_model_whose_neurons_have_no_one_surrogate_runs_in_turn():
