@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sg_lightning.attacks.base import Attack, AttackResult
 from sg_lightning.attacks.estimators import BPTT, Estimator
-from sg_lightning.attacks.estimators.beside import Each, can_be_beside
+from sg_lightning.attacks.estimators.beside import Each, OtherSamples, can_be_beside
 from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.room import cheap
 from sg_lightning.attacks.runs import Together
@@ -27,6 +27,7 @@ def companions(attack: Attack, following: Sequence[Attack], oracle: Oracle, y: T
     room = cheap(y.device) // max(len(y), 1) - 1
     if (
         room < 1
+        or oracle.room.alone
         or oracle.record is not None
         or not attack.abreast
         or oracle.stochastic
@@ -64,7 +65,7 @@ def run_abreast(
         noises: Randomness of the samples, for each attack.
 
     Returns:
-        What each attack found, and for which samples it was given up, bool (B,), because an earlier one had broken them:
+        Nothing, if a neuron of the model sees other samples than the model does; else what each attack found, and for which samples it was given up, bool (B,), because an earlier one had broken them:
         there it means nothing.
     """
     size = batch_size(x)
@@ -73,8 +74,12 @@ def run_abreast(
     progress = Together(whole, "success", len(attacks))
     joint = oracle.using(Each(tuple(_estimator(attack, oracle) for attack in attacks), size))
     noise = SampleGenerator(torch.cat([own.keys for own in noises]))
-    with joint.attacking(fold=True):
-        attacks[0]._search(joint, whole, y[rows], noise, progress, early_drop=True)
+    try:
+        with joint.attacking(fold=True):
+            attacks[0]._search(joint, whole, y[rows], noise, progress, early_drop=True)
+    except OtherSamples:
+        oracle.room.alone = True
+        return []
     result, given_up = progress.result(), torch.zeros(size, dtype=torch.bool, device=y.device)
     found = []
     for places in torch.arange(len(rows), device=y.device).split(size):

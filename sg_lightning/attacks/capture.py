@@ -100,8 +100,10 @@ class Graphs:
     def __init__(self, record: Record) -> None:
         self.record = record
         self.replays = 0
+        self.capturing = False
+        self.failed = False
         self._seen: Counter[Hashable] = Counter()
-        self._held: dict[Hashable, _Captured | None] = {}  # None: cannot be captured
+        self._held: dict[Hashable, _Captured] = {}
 
     def run(self, body: Body, key: Hashable, state: State) -> None:
         """Run an iteration: the first times as it is, then captured.
@@ -111,15 +113,22 @@ class Graphs:
             key: What its code depends on beside ``state``.
             state: What it reads and changes.
         """
+        if self.failed:
+            body()
+            return
         key = (key, state.fixed())
         captured = self._held.get(key)
         if captured is not None:
             self._replay(captured, state)
-        elif key in self._held or self._seen[key] < _PATIENCE:
+        elif self._seen[key] < _PATIENCE:
             self._seen[key] += 1
             body()
         else:
-            self._held[key] = self._capture(body, state)
+            captured = self._capture(body, state)
+            if captured is None:
+                self.failed = True
+            else:
+                self._held[key] = captured
 
     def _replay(self, captured: _Captured, state: State) -> None:
         places, costs = captured.places, state.costs
@@ -141,8 +150,8 @@ class Graphs:
         body()
         after, spent = {key: t.clone() for key, t in state.tensors().items()}, state.costs
         captured, problem = None, "its state has no fixed form"
+        places: dict[Key, Tensor] = {}
         if after.keys() == before.keys():
-            places = {key: t.clone() for key, t in before.items()}
 
             def pure(*inputs: Tensor) -> list[Tensor]:
                 state.bind(dict(zip(places, inputs, strict=True)))
@@ -152,6 +161,8 @@ class Graphs:
                 return [t.clone() if known.get(id(t), place) != place else t for place, t in found]
 
             try:
+                self.capturing = True
+                places.update({key: t.clone() for key, t in before.items()})
                 own = [b - a for a, b in zip(costs, spent, strict=True)]
                 captured = _Captured(places, self.record(pure, list(places.values())), own)
                 state.bind({key: t.clone() for key, t in before.items()})
@@ -159,6 +170,8 @@ class Graphs:
                 problem = _difference(places, after)
             except RuntimeError as error:  # what reads values, as a loop until convergence does, cannot be captured
                 problem = str(error).split("\n")[0]
+            finally:
+                self.capturing = False
         if problem:
             warnings.warn(f"an attack goes on without CUDA graphs: {problem}", stacklevel=2)
             captured = None
@@ -193,15 +206,29 @@ def _difference(found: dict[Key, Tensor], expected: dict[Key, Tensor]) -> str:
 
 def cuda_graph(function: Callable[..., list[Tensor]], places: list[Tensor]) -> Body:
     """Capture a function in a CUDA graph; see :class:`Graphs`."""
-    stream = torch.cuda.Stream(places[0].device)
-    stream.wait_stream(torch.cuda.current_stream(places[0].device))
-    with torch.cuda.device(places[0].device), torch.cuda.stream(stream):
-        function(*places)  # what is set up once, such as the workspaces of libraries, is set up outside the graph
-    torch.cuda.current_stream(places[0].device).wait_stream(stream)
+    device = places[0].device
+    stream, before = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    mode = torch.cuda.get_sync_debug_mode()
+    stream.wait_stream(before)
+    try:
+        # What is set up once, such as the workspaces of libraries, is set up outside the graph; and a capture that fails
+        # leaves torch in a bad state, so what reads values is found here.
+        torch.cuda.set_sync_debug_mode("error")
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            function(*places)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+        before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Other threads, such as those that load data, may go on calling CUDA.
-    with torch.cuda.device(places[0].device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for place, found in zip(places, function(*places), strict=True):
-            if found is not place:
-                place.copy_(found)
+    try:
+        # Other threads, such as those that load data, may go on calling CUDA.
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
+            for place, found in zip(places, function(*places), strict=True):
+                if found is not place:
+                    place.copy_(found)
+    finally:
+        torch.cuda.set_stream(before)  # which a failed capture does not do
     return graph.replay

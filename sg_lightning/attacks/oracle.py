@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sg_lightning.attacks.answers import Counts, Gradient, Health, check_graph, check_labels, check_logits
 from sg_lightning.attacks.capture import Graphs, Record, State
 from sg_lightning.attacks.estimators import Estimator, Memory, beside
-from sg_lightning.attacks.estimators.beside import Each, Share
+from sg_lightning.attacks.estimators.beside import Each, OtherSamples, Share
 from sg_lightning.attacks.folding import folded, is_compiled
 from sg_lightning.attacks.losses import Loss
 from sg_lightning.attacks.rest import Rest
@@ -113,6 +113,10 @@ class Oracle:
         other = replace(self, rest=Rest(modality, x))
         other.classes = self.classes
         return other
+
+    @property
+    def _capturing(self) -> bool:
+        return self._graphs is not None and self._graphs.capturing
 
     @property
     def stochastic(self) -> bool:
@@ -222,7 +226,9 @@ class Oracle:
             rows: Which samples of the attacked batch these are, int64 (B,); ``None``: all, in order.
         """
         with self.attacking(), torch.no_grad():
-            parts = self.room.chunks(x, lambda part, index: self._forward(part, self._some(rows, index, x)))
+            parts = self.room.chunks(
+                x, lambda part, index: self._forward(part, self._some(rows, index, x)), fixed=self._capturing
+            )
             return torch.cat(parts)
 
     def misclassified(self, x: Input, y: Tensor) -> Tensor:
@@ -256,7 +262,7 @@ class Oracle:
             return self._gradient(part, y[index], loss, own, self._some(rows, index, x)), own
 
         with self.attacking():
-            found = self.room.chunks(x, evaluate)
+            found = self.room.chunks(x, evaluate, fixed=self._capturing)
         memory.put([own for _, own in found], [len(gradient.loss) for gradient, _ in found])
         parts = [gradient for gradient, _ in found]
         if len(parts) == 1:
@@ -273,11 +279,21 @@ class Oracle:
     def _gradient(self, x: Input, y: Tensor, loss: Loss, memory: Memory, rows: Tensor | None) -> Gradient:
         samples = batch_size(x)
         shares = beside.shares(self.estimator, rows, samples, y.device)
-        # Side by side in one pass where that is nearly free, or where samples have estimators of their own.
-        together = isinstance(self.estimator, Each) or (
-            len(shares) > 1 and samples * len(shares) <= cheap(y.device) and beside.can_be_beside(self.model)
-        )
-        passes = [shares] if together else [[share] for share in shares]
+        if isinstance(self.estimator, Each):
+            return self._averaged(x, y, loss, memory, rows, [shares])
+        few = len(shares) > 1 and samples * len(shares) <= cheap(y.device)
+        if few and not self.room.alone and beside.can_be_beside(self.model):  # nearly free
+            try:
+                return self._averaged(x, y, loss, memory, rows, [shares])
+            except OtherSamples:
+                self.room.alone = True
+        return self._averaged(x, y, loss, memory, rows, [[share] for share in shares])
+
+    def _averaged(
+        self, x: Input, y: Tensor, loss: Loss, memory: Memory, rows: Tensor | None, passes: list[list[Share]]
+    ) -> Gradient:
+        """Add up passes over all shares, and all draws."""
+        samples = batch_size(x)
         weight = 1 / self.passes
         losses = logits = grads = None
         for draw in range(self.eot):

@@ -31,11 +31,13 @@ class Room:
     """
 
     samples: int | None = None
+    alone: bool = False  # a neuron of the model sees other samples than the model: estimators do not go side by side
 
-    def chunks(self, x: Input, evaluate: Callable[[Input, Tensor], T]) -> list[T]:
+    def chunks(self, x: Input, evaluate: Callable[[Input, Tensor], T], *, fixed: bool = False) -> list[T]:
         """Evaluate ``x`` part by part, ``evaluate(part, index)``, and return what came of each.
 
-        A part that does not fit is cut in two and tried again; the size that fitted is kept for the calls to come.
+        A part that does not fit is cut in two and tried again, unless the size is ``fixed``; the size that fitted is kept for
+        the calls to come.
 
         Raises:
             RuntimeError: torch's own, if memory runs out with a single sample.
@@ -48,7 +50,7 @@ class Room:
             try:
                 found.append(evaluate(x if count == size else select(x, index), index))
             except RuntimeError as error:
-                if count == 1 or not _out_of_memory(error):
+                if fixed or count == 1 or not _out_of_memory(error):
                     raise
                 self.samples = (count + 1) // 2
             else:

@@ -195,9 +195,10 @@ class RobustnessRun:
             return found.again(torch.searchsorted(before, index))
         group = [attack, *companions(attack, following, self.oracle, part.y)]
         streams = [part.noise.fork(threat.norm, str(threat.eps), other.name) for other in group]
-        if len(group) == 1:
+        together = run_abreast(group, self.oracle, part.x, part.y, streams) if len(group) > 1 else []
+        if not together:
             return attack.run(self.oracle, part.x, part.y, generator=streams[0])
-        (found, _), *later = run_abreast(group, self.oracle, part.x, part.y, streams)
+        (found, _), *later = together
         batch.ahead.update({other: (index, *result) for other, result in zip(group[1:], later, strict=True)})
         return found
 

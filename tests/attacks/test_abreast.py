@@ -261,6 +261,32 @@ def test_what_was_given_up_in_vain_is_done_again(monkeypatch):
     assert any(row.status == "survived" and row.iterations < 8 for row in rows[0])  # broken, and denied
 
 
+class Mirrored(nn.Module):
+    """Shows the network each image and its mirror image: neurons see twice as many samples as the model."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(torch.cat([x, x.flip(-1)])).unflatten(0, (2, len(x))).mean(0)
+
+
+def test_neurons_that_see_other_samples(monkeypatch):
+    """Nobody knows whose rows are whose: estimators take turns."""
+    net, x = images()
+    net = Mirrored(net.net)
+    y = net(x).argmax(1)
+    attacks = tuple(APGD(Linf(0.03), steps=8, estimator=e) for e in (None, HART(0.5), Mix(), Mix((HART(0.3), BPTT()))))
+    suite = Suite("one", (Entry(Linf(0.03), attacks, True),), control=False)
+    rows = []
+    for cheap in ({}, {"cpu": 60}):
+        monkeypatch.setattr(room, "_CHEAP", cheap)
+        found = RobustnessRun(Oracle(net), suite, seed=4).batch(x, y, range(10))
+        rows.append([replace(row, size=0.0) for row in found])
+    assert rows[0] == rows[1]
+
+
 def test_a_model_whose_neurons_have_no_one_surrogate_runs_in_turn():
     net, _ = images()
     assert beside.can_be_beside(net)

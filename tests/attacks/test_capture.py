@@ -202,6 +202,42 @@ def test_a_replay_that_goes_wrong_is_noticed(damage, case):
     assert_same(found, attacked(attack, *case))
 
 
+def test_memory_that_a_capture_lacks_is_no_reason_for_smaller_batches(case):
+    net = case[0]
+
+    def exhausted(function, places):
+        forward = net.forward
+
+        def failing(*args):
+            raise torch.OutOfMemoryError("out of memory in a capture")
+
+        net.forward = failing
+        try:
+            return function(*places)
+        finally:
+            net.forward = forward
+
+    attack = PGD(Linf(0.03), steps=10)
+    with pytest.warns(UserWarning, match="out of memory in a capture"):
+        found = attacked(attack, *case, exhausted)
+    assert found[1].room.samples is None
+    assert_same(found, attacked(attack, *case))
+
+
+def test_nothing_is_captured_after_a_failure(case):
+    tried = []
+
+    def failing(function, places):
+        tried.append(1)
+        raise RuntimeError("no")
+
+    attack = APGD(Linf(0.03), steps=40)
+    with pytest.warns(UserWarning, match="without CUDA graphs: no"):
+        found = attacked(attack, *case, failing)
+    assert len(tried) == 1
+    assert_same(found, attacked(attack, *case))
+
+
 def test_random_models_and_modalities_are_left_alone(case):
     net, x, y = case
     recorder = Recorder()
@@ -235,6 +271,18 @@ def test_on_a_cpu_it_is_an_error(case):
     net, x, y = case
     with pytest.raises(ValueError, match=r"cuda_graphs=True.*the model is on cpu"):
         evaluate(net, (x, y), "quick", budgets={"linf": Budget((0.1,), 0.1)}, cuda_graphs=True)
+
+
+@pytest.mark.gpu
+def test_a_refused_capture_leaves_cuda_as_it_was(case):
+    net, x, y = case
+    net, x, y = Asking(net.cuda()), x.cuda(), y.cuda()
+    before = torch.cuda.current_stream()
+    with pytest.warns(UserWarning, match="goes on without CUDA graphs"):
+        attacked(PGD(Linf(0.03), steps=10), net, x, y, capture.cuda_graph)
+    assert torch.cuda.current_stream() == before
+    torch.randn(4, device="cuda")
+    torch.cuda.empty_cache()
 
 
 @pytest.mark.gpu

@@ -7,7 +7,8 @@ from torch import nn
 from sg_lightning.attacks import ASSG, BPTR, BPTT, HART, PDSG, PGD, RGA, Act, Mix, Oracle
 from sg_lightning.attacks.estimators import Memory, SingleEstimator
 from sg_lightning.attacks.estimators.assg import FAMILIES
-from sg_lightning.attacks.losses import cross_entropy
+from sg_lightning.attacks.losses import cross_entropy, get_loss
+from sg_lightning.backbones import ConvNet
 from sg_lightning.domains import Box
 from sg_lightning.neurons import LIF, SlopeRule
 from sg_lightning.neurons.surrogates import Atan, Gaussian, Rectangular, Sigmoid, Triangular
@@ -198,3 +199,42 @@ def test_results_do_not_depend_on_batching_or_early_drop(estimator):
         assert torch.equal(run.success, whole.success[index])
         assert torch.equal(run.iterations, whole.iterations[index])
         torch.testing.assert_close(run.x_adv, whole.x_adv[index], rtol=0, atol=1e-9)
+
+
+def test_a_pass_that_fails_leaves_what_was_known():
+    """It is taken again with half the samples, from the same statistics."""
+    torch.manual_seed(0)
+    net = ConvNet(num_classes=4, input_size=8, channels=(6,), hidden=16, time_steps=3, neuron=LIF(0.8, 0.4)).double()
+    x = torch.rand(6, *net.input_shape, dtype=torch.float64)
+    y = torch.zeros(6, dtype=torch.int64)
+    found = []
+    for fails in (False, True):
+        calls = []
+
+        def model(x, fails=fails, calls=calls):
+            calls.append(len(x))
+            z = net(x)
+            if fails and len(calls) == 3:
+                raise torch.OutOfMemoryError("no room")
+            return z
+
+        whole = Whole(model, net)
+        oracle, memory, point = Oracle(whole, estimator=ASSG(0.4)), Memory(), x
+        for _ in range(5):
+            gradient = oracle.value_and_grad(point, y, get_loss("ce"), memory)
+            point = point + 0.02 * gradient.grad.sign()
+        found.append((point, gradient.grad, len(calls)))
+    assert found[1][2] > found[0][2]
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-9, atol=1e-12)
+
+
+class Whole(torch.nn.Module):
+    """A function whose neurons the oracle finds."""
+
+    def __init__(self, function, net):
+        super().__init__()
+        self.function, self.net = function, net
+
+    def forward(self, x):
+        return self.function(x)

@@ -97,6 +97,7 @@ class _AdaptiveSlopes(SlopeRule):
         if mean is None or spread is None:
             mean, spread = torch.ones_like(size), torch.zeros_like(size)
         if not self.memory.frozen:
-            held[first] = mean.mul_(decay).add_(size, alpha=1 - decay)
-            held[second] = spread.mul_(decay).add_(size.sub_(mean).abs_(), alpha=1 - decay)
+            # Not in place: a pass that runs out of memory half-way is taken again, from what was held before.
+            mean = held[first] = (mean * decay).add_(size, alpha=1 - decay)
+            spread = held[second] = (spread * decay).add_(size.sub_(mean).abs_(), alpha=1 - decay)
         return mean, spread

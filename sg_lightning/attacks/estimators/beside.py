@@ -75,9 +75,10 @@ class Share:
             return
         for key, value in own.values.items():
             place = (self.number, key)
-            if place not in whole.values:
-                whole.values[place] = value.new_zeros((samples, *value.shape[1:]))
-            whole.values[place][self.index] = value
+            held = whole.values.get(place)
+            fresh = value.new_zeros((samples, *value.shape[1:])) if held is None else held.clone()
+            fresh[self.index] = value
+            whole.values[place] = fresh
 
 
 def shares(estimator: Estimator | Each | None, rows: Tensor | None, samples: int, device: torch.device) -> list[Share]:
@@ -123,6 +124,15 @@ def can_be_beside(model: object) -> bool:
     return all(m.surrogate is not None for m in modules if isinstance(m, SpikingNeuron))
 
 
+class OtherSamples(Exception):
+    """A neuron sees another number of samples than the model was given, as with crops of each: nobody knows whose."""
+
+
+def _check(samples: int, sizes: Sequence[int]) -> None:
+    if samples != sum(sizes):
+        raise OtherSamples
+
+
 class RulesBeside(BackwardRule):
     """Rules of samples side by side.
 
@@ -136,6 +146,7 @@ class RulesBeside(BackwardRule):
 
     def pullback(self, trace: Trace) -> Pullback:
         """Let each rule look at its samples and pull their gradients back."""
+        _check(trace.currents.shape[1], self.sizes)
         pulls = []
         parts = zip(trace.currents.split(self.sizes, 1), trace.membranes.split(self.sizes, 1), strict=True)
         for rule, (currents, membranes) in zip(self.rules, parts, strict=True):
@@ -160,6 +171,7 @@ class SlopesBeside(SlopeRule):
 
     def slope(self, neuron: nn.Module, z: Tensor, past: Sequence[Tensor]) -> Tensor:
         """Return the slopes of one time step."""
+        _check(len(z), self.sizes)
         pasts = list(zip(*(p.split(self.sizes) for p in past), strict=True)) if past else [()] * len(self.sizes)
         found = torch.empty_like(z)
         for rule, part, before, out in zip(
@@ -170,6 +182,7 @@ class SlopesBeside(SlopeRule):
 
     def slopes(self, neuron: nn.Module, z: Tensor) -> Tensor:
         """Return the slopes of all time steps."""
+        _check(z.shape[1], self.sizes)
         found = torch.empty_like(z)
         for rule, part, out in zip(self.rules, z.split(self.sizes, 1), found.split(self.sizes, 1), strict=True):
             out.copy_(rule.slopes(neuron, part) if isinstance(rule, SlopeRule) else _own(rule, neuron, part))
