@@ -94,13 +94,14 @@ def test_cascade_saves_passes_and_changes_nothing(load, monkeypatch, tmp_path):
     assert "| cascade |" in (tmp_path / "cascade.md").read_text()
 
 
-@pytest.mark.parametrize("module", ["training", "memory", "scaling", "precision", "gpu"])
+@pytest.mark.parametrize("module", ["training", "memory", "scaling", "precision", "gpu", "residual"])
 def test_speed_benchmarks_run_and_write_their_tables(load, module, monkeypatch, tmp_path):
     own = {
         "training": ["--networks", "tiny", "--rounds", "2"],
         "memory": ["--networks", "tiny", "layer-4"],
         "scaling": ["--small", "--rounds", "2"],
         "gpu": ["--device", "cpu", "--small", "--rounds", "2"],
+        "residual": ["--small", "--rounds", "2", "--batch", "2", "--steps", "2"],
         "precision": ["--tasks", "digits", "--seeds", "1", "--epochs", "1"],
     }
     if module == "memory":  # a process for one contestant only
