@@ -35,6 +35,9 @@ from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import L0, L1, L2, Budget, EventFlips, Linf
 
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 class Recorder:
     """Captures into a graph of torch operations."""
 
@@ -274,6 +277,7 @@ def test_on_a_cpu_it_is_an_error(case):
 
 
 @pytest.mark.gpu
+@needs_cuda
 def test_a_refused_capture_leaves_cuda_as_it_was(case):
     net, x, y = case
     net, x, y = Asking(net.cuda()), x.cuda(), y.cuda()
@@ -286,6 +290,7 @@ def test_a_refused_capture_leaves_cuda_as_it_was(case):
 
 
 @pytest.mark.gpu
+@needs_cuda
 @pytest.mark.parametrize("attack", WHOLE, ids=lambda a: f"{a.name}-{a.threat.norm}")
 def test_cuda_graphs_find_the_same(attack):
     torch.manual_seed(2)
