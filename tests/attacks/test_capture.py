@@ -34,7 +34,6 @@ from sg_lightning.neurons.surrogates import Atan
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import L0, L1, L2, Budget, EventFlips, Linf
 
-
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
