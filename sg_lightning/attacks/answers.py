@@ -31,6 +31,7 @@ class Health:
         self.total += len(zero)
         if self._counts is None:
             self._counts = torch.zeros(2, dtype=torch.int64, device=zero.device)
+        self._counts = self._counts.to(zero.device)  # the model may have moved
         self._counts += torch.stack([zero.sum(), nonfinite.sum()])
 
     @property

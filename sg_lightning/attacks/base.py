@@ -223,7 +223,8 @@ class Attack(ABC):
         noise = as_sample_generator(generator, batch_size(x))
         oracle = oracle.using(self.estimator)
         drop = early_drop and goal == "success" and not oracle.stochastic and oracle.per_sample
-        with oracle.attacking(fold=True):
+        # The smallest examples lie at the boundary of the model that is asked: folded, it is another by rounding.
+        with oracle.attacking(fold=not self.minimal):
             x, y = detached(x), y.detach().clone()
             progress = self._progress(x, goal)
             self._search(oracle, x, y, noise, progress, drop)

@@ -168,7 +168,7 @@ class Graphs:
                 state.bind({key: t.clone() for key, t in before.items()})
                 self._replay(captured, state)
                 problem = _difference(places, after)
-            except RuntimeError as error:  # what reads values, as a loop until convergence does, cannot be captured
+            except Exception as error:  # noqa: BLE001 - the iteration has been done; what reads values cannot be captured
                 problem = str(error).split("\n")[0]
             finally:
                 self.capturing = False
@@ -206,29 +206,37 @@ def _difference(found: dict[Key, Tensor], expected: dict[Key, Tensor]) -> str:
 
 def cuda_graph(function: Callable[..., list[Tensor]], places: list[Tensor]) -> Body:
     """Capture a function in a CUDA graph; see :class:`Graphs`."""
-    device = places[0].device
-    stream, before = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.device(places[0].device):
+        return _captured(function, places)
+
+
+def _captured(function: Callable[..., list[Tensor]], places: list[Tensor]) -> Body:
+    stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
     mode = torch.cuda.get_sync_debug_mode()
     stream.wait_stream(before)
     try:
         # What is set up once, such as the workspaces of libraries, is set up outside the graph; and a capture that fails
         # leaves torch in a bad state, so what reads values is found here.
-        torch.cuda.set_sync_debug_mode("error")
-        with torch.cuda.device(device), torch.cuda.stream(stream):
+        _watch_host(2)
+        with torch.cuda.stream(stream):
             function(*places)
     finally:
-        torch.cuda.set_sync_debug_mode(mode)
+        _watch_host(mode)
         before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
         # Other threads, such as those that load data, may go on calling CUDA.
-        with (
-            torch.cuda.device(device),
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-        ):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             for place, found in zip(places, function(*places), strict=True):
                 if found is not place:
                     place.copy_(found)
     finally:
         torch.cuda.set_stream(before)  # which a failed capture does not do
     return graph.replay
+
+
+def _watch_host(mode: int) -> None:
+    """Set what happens when the GPU has to wait for the host: 2 is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode(mode)

@@ -189,6 +189,7 @@ class SwapFlips(PGD):
     width: int = 16
     candidates: int = 64
     kind: ClassVar[str] = "swap"
+    abreast: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

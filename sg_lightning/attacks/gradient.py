@@ -240,6 +240,7 @@ class MultiTargeted(PGD):
     loss: str = "margin"
     targets: int = 9
     kind: ClassVar[str] = "multitargeted"
+    abreast: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

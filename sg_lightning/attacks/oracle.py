@@ -115,6 +115,12 @@ class Oracle:
         return other
 
     @property
+    def _captures(self) -> bool:
+        """Whether iterations are captured."""
+        able = self.rest is None and not isinstance(self.estimator, Each) and self.on_nonfinite != "raise"
+        return able and self._graphs is not None and not self._graphs.failed
+
+    @property
     def _capturing(self) -> bool:
         return self._graphs is not None and self._graphs.capturing
 
@@ -173,12 +179,13 @@ class Oracle:
             key: What makes its iterations other than those of other attacks.
         """
         graphs = self._graphs
-        if graphs is None or self.rest is not None or isinstance(self.estimator, Each) or self.on_nonfinite == "raise":
+        if graphs is None or not self._captures:
             yield lambda body, *_: body()
             return
+        what = (*map(repr, key), repr(self.estimator))
         state = State([at, progress], [self.counts, self.health])
         try:
-            yield lambda body, *more: graphs.run(body, (key, more, self.estimator), state)
+            yield lambda body, *more: graphs.run(body, (what, more), state)
         finally:  # nothing stays in the places of a graph
             state.bind({key: t.clone() for key, t in state.tensors().items()})
 
@@ -187,7 +194,7 @@ class Oracle:
 
         A graph is captured for every batch size, and those that stay beyond need change nothing.
         """
-        if self._graphs is None:
+        if not self._captures:
             at.keep(open_)
             return
         count = int(open_.sum())
@@ -283,10 +290,14 @@ class Oracle:
             return self._averaged(x, y, loss, memory, rows, [shares])
         few = len(shares) > 1 and samples * len(shares) <= cheap(y.device)
         if few and not self.room.alone and beside.can_be_beside(self.model):  # nearly free
+            trial = Memory(dict(memory.values))
             try:
-                return self._averaged(x, y, loss, memory, rows, [shares])
+                found = self._averaged(x, y, loss, trial, rows, [shares])
             except OtherSamples:
                 self.room.alone = True
+            else:
+                memory.values = trial.values
+                return found
         return self._averaged(x, y, loss, memory, rows, [[share] for share in shares])
 
     def _averaged(
@@ -316,6 +327,7 @@ class Oracle:
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return the sums of loss, logits and input gradients over ``shares``, taken in one pass, times ``weight``."""
         samples, known = batch_size(x), [share.memory(memory) for share in shares]
+        given = [dict(own.values) for own in known]
         index = None
         if len(shares) > 1 or shares[0].index is not None:
             everyone = torch.arange(samples, device=y.device)
@@ -330,8 +342,8 @@ class Oracle:
             check_graph(value)
             g = torch.autograd.grad(value.sum() * weight, tensors(x), allow_unused=True)
         grads = [torch.zeros_like(t) if part is None else part for t, part in zip(tensors(x), g, strict=True)]
-        for share, own in zip(shares, known, strict=True):
-            share.remember(memory, own, samples)
+        for share, own, had in zip(shares, known, given, strict=True):
+            share.remember(memory, own, had, samples)
         value, z = value.detach() * weight, z.detach() * weight
         if index is None:
             return value, z, grads

@@ -151,7 +151,7 @@ class RobustnessRun:
         if len(index) == 0:
             return fell, rows
         part = batch.select(index)
-        with self._costing(f"{threat.norm} {threat.eps} {attack.name}" + (" (checks)" if phase == "check" else "")):
+        with self._adding_to(self._cost(_label(attack) + (" (checks)" if phase == "check" else ""))):
             found = self._searched(attack, batch, part, index, following)
             verdict = verify(self.oracle, threat, part.x, found.x_adv, part.y)
         broken = verdict.counts & ~found.invalid
@@ -179,8 +179,8 @@ class RobustnessRun:
     ) -> AttackResult:
         """Run an attack on the samples ``index`` of a batch, or look up what it found while another one ran."""
         threat = attack.threat
-        if attack in batch.ahead:
-            before, found, given_up = batch.ahead.pop(attack)
+        if id(attack) in batch.ahead:
+            before, found, given_up = batch.ahead.pop(id(attack))
             places = torch.searchsorted(before, index)  # who stands now stood then: samples only ever fall
             if not bool(given_up[places].any()):
                 return found.of(places)
@@ -195,22 +195,30 @@ class RobustnessRun:
             return found.again(torch.searchsorted(before, index))
         group = [attack, *companions(attack, following, self.oracle, part.y)]
         streams = [part.noise.fork(threat.norm, str(threat.eps), other.name) for other in group]
-        together = run_abreast(group, self.oracle, part.x, part.y, streams) if len(group) > 1 else []
+        joint = Cost()
+        with self._adding_to(joint):
+            together = run_abreast(group, self.oracle, part.x, part.y, streams) if len(group) > 1 else []
         if not together:
             return attack.run(self.oracle, part.x, part.y, generator=streams[0])
         (found, _), *later = together
-        batch.ahead.update({other: (index, *result) for other, result in zip(group[1:], later, strict=True)})
+        spent = [int(result.queries.sum()) for result, _ in together]
+        for other, share in zip(group[1:], spent[1:], strict=True):  # what each has to do with it
+            own = joint.times(share / max(sum(spent), 1))
+            self._cost(_label(other)).add(own)
+            self._cost(_label(attack)).add(own.times(-1))
+        batch.ahead.update({id(other): (index, *result) for other, result in zip(group[1:], later, strict=True)})
         return found
 
     @contextmanager
-    def _costing(self, what: str) -> Iterator[None]:
-        """Add what happens inside the block to the costs of ``what``."""
+    def _adding_to(self, cost: Cost) -> Iterator[None]:
+        """Add what happens inside the block to a cost."""
         counts, started = self.oracle.counts, time.perf_counter()
         forwards, backwards = counts.forwards, counts.backwards
         yield
-        self.costs.setdefault(what, Cost()).add(
-            counts.forwards - forwards, counts.backwards - backwards, time.perf_counter() - started
-        )
+        cost.add(Cost(counts.forwards - forwards, counts.backwards - backwards, time.perf_counter() - started))
+
+    def _cost(self, what: str) -> Cost:
+        return self.costs.setdefault(what, Cost())
 
     def _keep_examples(self, threat: Threat, batch: _Batch, x_adv: Input, broken: Tensor, sizes: Tensor) -> None:
         """Keep a few for pictures; of a dictionary input the attacked modality."""
@@ -251,11 +259,15 @@ class Cost:
     backwards: int = 0
     seconds: float = 0.0
 
-    def add(self, forwards: int, backwards: int, seconds: float) -> None:
-        """Add to it."""
-        self.forwards += forwards
-        self.backwards += backwards
-        self.seconds += seconds
+    def add(self, other: Cost) -> None:
+        """Add another one to it."""
+        self.forwards += other.forwards
+        self.backwards += other.backwards
+        self.seconds += other.seconds
+
+    def times(self, share: float) -> Cost:
+        """Return a share of it."""
+        return Cost(round(self.forwards * share), round(self.backwards * share), self.seconds * share)
 
 
 @dataclass(frozen=True)
@@ -271,11 +283,15 @@ class _Batch:
     noise: SampleGenerator
     rows: list[Row]
     searched: dict[Attack, tuple[Tensor, AttackResult]] = field(default_factory=dict)
-    ahead: dict[Attack, tuple[Tensor, AttackResult, Tensor]] = field(default_factory=dict)
+    ahead: dict[int, tuple[Tensor, AttackResult, Tensor]] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> _Batch:
         rows = [self.rows[k] for k in index.tolist()]
         return _Batch(select(self.x, index), self.y[index], self.clean[index], self.noise.select(index), rows)
+
+
+def _label(attack: Attack) -> str:
+    return f"{attack.threat.norm} {attack.threat.eps} {attack.name}"
 
 
 def overwhelming(threat: Threat, x: Input) -> Threat | None:

@@ -123,7 +123,7 @@ class Session:
         costs: dict[str, Cost] = {}
         for *_, part in parts:
             for what, cost in part.items():
-                costs.setdefault(what, Cost()).add(cost.forwards, cost.backwards, cost.seconds)
+                costs.setdefault(what, Cost()).add(cost)
         result = self.run.result(
             rows, counts=spent, costs={what: asdict(cost) for what, cost in costs.items()},
             resumed_samples=self.resumed, **meta,

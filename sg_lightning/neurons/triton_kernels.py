@@ -11,6 +11,7 @@ Import it only where Triton is: see :mod:`~sg_lightning.neurons.paths`.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,9 @@ from sg_lightning.neurons.surrogates import (
 
 BLOCK = 512  # neurons of one program, four per thread
 WARPS = 4
-ROUNDED = not triton.knobs.runtime.interpret  # the interpreter knows no libdevice, and contracts nothing
+# The interpreter knows no libdevice, and contracts nothing; on ROCm, which lacks mul_rn, an option forbids it.
+ROUNDED = not os.environ.get("TRITON_INTERPRET") and torch.version.hip is None
+OPTIONS = {"num_warps": WARPS} if torch.version.hip is None else {"num_warps": WARPS, "enable_fp_fusion": False}
 
 # Name and the two constants of each surrogate's formula in _slope; constants, since Triton passes numbers as float32.
 _RULES: dict[type[Surrogate], Callable[[Any], tuple[str, float, float]]] = {
@@ -200,7 +203,7 @@ def launch_forward(
         kernel[(_blocks(size),)](
             x, spikes, spikes if membranes is None else membranes, beta, theta, steps, size, x.stride(0),
             RESET=dynamics.reset, LATE=dynamics.subtracts_late, EQUAL=dynamics.fire_at_threshold, KEEP=keep,
-            BETAS=beta.dim() > 0, THETAS=theta.dim() > 0, BLOCK=BLOCK, ROUNDED=ROUNDED, num_warps=WARPS,
+            BETAS=beta.dim() > 0, THETAS=theta.dim() > 0, BLOCK=BLOCK, ROUNDED=ROUNDED, **OPTIONS,
         )  # fmt: skip
     return spikes, membranes
 
@@ -253,7 +256,7 @@ def launch_backward(
         ATTACHED=not dynamics.detach_reset and dynamics.reset != "none", EQUAL=dynamics.fire_at_threshold,
         RULE=name, A=a, B=b, HAS_G=g is not None, HAS_H=h is not None,
         NEED_X=need[0], NEED_BETA=need[1], NEED_THETA=need[2],
-        BETAS=beta.dim() > 0, THETAS=theta.dim() > 0, BLOCK=BLOCK, num_warps=WARPS,
+        BETAS=beta.dim() > 0, THETAS=theta.dim() > 0, BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
     return dx, reduced(dbeta, beta), reduced(dtheta, theta)
 

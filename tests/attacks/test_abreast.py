@@ -292,3 +292,51 @@ def test_a_model_whose_neurons_have_no_one_surrogate_runs_in_turn():
     assert beside.can_be_beside(net)
     next(m for m in net.modules() if isinstance(m, LIF)).surrogate = None
     assert not beside.can_be_beside(net)
+
+
+def test_parts_of_mixes_side_by_side_keep_their_memories():
+    """Wherever ASSG stands among the parts."""
+    net, x = images()
+    y = net(x).argmax(1)
+    mixes = (Mix((ASSG(0.4), BPTT())), Mix((ASSG(0.45, "triangular"), HART(0.5))))
+    whole, labels = x.repeat(2, 1, 1, 1), y.repeat(2)
+
+    def walk(oracle, x, y):
+        memory, point = Memory(), x
+        for _ in range(4):
+            found = oracle.value_and_grad(point, y, get_loss("ce"), memory)
+            point = point + 0.02 * found.grad.sign()
+        return found.grad
+
+    together = walk(Oracle(net, estimator=Each(mixes, len(x))), whole, labels)
+    alone = torch.cat([walk(Oracle(net, estimator=mix), x, y) for mix in mixes])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_an_attack_that_does_not_say_which_samples_are_left_runs_alone(monkeypatch):
+    net, x = images()
+    y, oracle = net(x).argmax(1), Oracle(net)
+    monkeypatch.setattr(room, "_CHEAP", {"cpu": 1000})
+
+    class Mine(PGD):
+        pass
+
+    one, two = (Mine(Linf(0.03), estimator=e) for e in (None, HART(0.5)))
+    assert companions(one, [two], oracle, y) == []
+    each = Oracle(net, estimator=Each((BPTT(), HART(0.5)), len(x)))
+    with pytest.raises(beside.OtherSamples):
+        each.value_and_grad(x[:3], y[:3], get_loss("ce"))
+
+
+def test_costs_belong_to_the_attack_that_caused_them(monkeypatch):
+    net, x = images()
+    y = net(x).argmax(1)
+    attacks = tuple(APGD(Linf(0.005), steps=8, estimator=e) for e in (None, HART(0.5), ASSG(0.4)))
+    monkeypatch.setattr(room, "_CHEAP", {"cpu": 40})
+    run = RobustnessRun(Oracle(net), Suite("one", (Entry(Linf(0.005), attacks, True),), control=False))
+    before = replace(run.oracle.counts)
+    run.batch(x, y, range(10))
+    costs = list(run.costs.values())
+    assert len(costs) == 3
+    assert all(cost.backwards > 20 and cost.seconds > 0 for cost in costs)
+    assert sum(cost.backwards for cost in costs) == run.oracle.counts.backwards - before.backwards

@@ -422,3 +422,16 @@ def test_no_budget_within_the_distance_is_broken_by_pgd_much_more():
         for eps in budgets:
             fixed = PGD(attack.threat.with_eps(eps), steps=40).run(Oracle(net), x, y, generator=ids(40)).success
             assert int((sizes <= eps).sum()) >= int(fixed.sum()) - 3
+
+
+def test_the_smallest_examples_are_those_of_the_model_as_it_is(monkeypatch):
+    """Folded, a model is another one by rounding, and at the boundary that decides."""
+    seen = []
+    forward = Oracle._forward
+    monkeypatch.setattr(Oracle, "_forward", lambda self, *x: (seen.append(self._folding), forward(self, *x))[1])
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)).eval()
+    x = torch.rand(5, 1, 2, 2)
+    for attack in (FMN(Linf(1.0), steps=3), DDN(L2(1.0), steps=3)):
+        attack.run(Oracle(net), x, net(x).argmax(1))
+    assert seen
+    assert not any(seen)

@@ -224,7 +224,7 @@ def build(kernel, constants, types, **options):
     types = {{n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}}
     constants = {{(names.index(n),): value for n, value in constants.items()}}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options=dict(num_warps=kernels.WARPS, **options))
+    return triton.compile(source, target=GPUTarget("cuda", {capability}, 32), options=dict(kernels.OPTIONS, **options))
 
 numbers = dict.fromkeys(["steps", "size", "x_stride", "g_stride"], "i32")
 forward = dict(RESET="subtract", LATE=True, EQUAL=False, KEEP=True, BETAS=True, THETAS=False, BLOCK=kernels.BLOCK, ROUNDED=True)

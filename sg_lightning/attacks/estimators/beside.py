@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -69,11 +69,13 @@ class Share:
         own.frozen = whole.frozen
         return own
 
-    def remember(self, whole: Memory, own: Memory, samples: int) -> None:
-        """Write what was gathered back into the memory of all ``samples``."""
+    def remember(self, whole: Memory, own: Memory, given: dict[Hashable, Tensor], samples: int) -> None:
+        """Write what was gathered beyond what was ``given`` back into the memory of all ``samples``."""
         if self.index is None:
             return
         for key, value in own.values.items():
+            if value is given.get(key):  # of another part of the same estimator
+                continue
             place = (self.number, key)
             held = whole.values.get(place)
             fresh = value.new_zeros((samples, *value.shape[1:])) if held is None else held.clone()
@@ -94,6 +96,8 @@ def shares(estimator: Estimator | Each | None, rows: Tensor | None, samples: int
         return [Share(None)]
     if isinstance(estimator, Estimator):
         return [Share(part) for part in estimator.parts]
+    if rows is None and samples != estimator.size * len(estimator.estimators):
+        raise OtherSamples  # an attack that does not say which samples are left
     group = (torch.arange(samples, device=device) if rows is None else rows) // estimator.size
     found = []
     for number, single in enumerate(estimator.estimators):
