@@ -65,8 +65,8 @@ def run_abreast(
         noises: Randomness of the samples, for each attack.
 
     Returns:
-        Nothing, if a neuron of the model sees other samples than the model does; else what each attack found, and for which samples it was given up, bool (B,), because an earlier one had broken them:
-        there it means nothing.
+        Nothing, if a neuron of the model sees other samples than the model does; else what each attack found, and for which
+        samples it was given up, bool (B,), because an earlier one had broken them: there it means nothing.
     """
     attacks[0].threat.check(x)
     size = batch_size(x)

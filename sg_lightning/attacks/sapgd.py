@@ -14,7 +14,7 @@ from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.losses import get_loss
 from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.runs import runs
-from sg_lightning.attacks.search import Samples, column, finite, normalised, value, whole_number
+from sg_lightning.attacks.search import Samples, column, look_at, normalised, value, whole_number
 from sg_lightning.inputs import Input
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import Linf
@@ -80,10 +80,7 @@ class SAPGD(Attack):
         wait = window
 
         def look() -> None:
-            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory, at.rows)
-            wrong = found.logits.argmax(1) != at.y
-            progress.record(at.index, at.point, found.loss, wrong, at.step, oracle.passes, found)
-            at.gradient = finite(found.grad)
+            look_at(oracle, at, progress, self.loss)
 
         def move() -> None:
             at.trend = 0.5 * at.trend + normalised(at.gradient)

@@ -12,6 +12,9 @@ from sg_lightning.attacks.losses import get_loss
 from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.inputs import Input, apply, select
 
+if TYPE_CHECKING:
+    from sg_lightning.attacks.base import Progress
+
 
 class Samples:
     """The samples that an attack still works on: attributes with one entry per sample, cut together.
@@ -48,6 +51,13 @@ def value(oracle: Oracle, point: Input, y: Tensor, loss: str, rows: Tensor | Non
     logits = oracle.logits(point, rows)
     check_labels(y, logits.shape[1])
     return get_loss(loss)(logits, y), logits.argmax(1) != y
+
+
+def look_at(oracle: Oracle, at: Samples, progress: Progress, loss: str) -> None:
+    """Evaluate an untargeted loss and its gradient at ``at.point``, and report it as iteration ``at.step``."""
+    found = oracle.value_and_grad(at.point, at.y, get_loss(loss), at.memory, at.rows)
+    progress.record(at.index, at.point, found.loss, found.logits.argmax(1) != at.y, at.step, oracle.passes, found)
+    at.gradient = finite(found.grad)
 
 
 def finite(grad: Input) -> Input:

@@ -15,7 +15,7 @@ from sg_lightning.attacks.estimators import Memory
 from sg_lightning.attacks.losses import get_loss
 from sg_lightning.attacks.oracle import Oracle
 from sg_lightning.attacks.runs import runs
-from sg_lightning.attacks.search import Samples, finite, normalised, unit, value, whole_number
+from sg_lightning.attacks.search import Samples, look_at, normalised, unit, value, whole_number
 from sg_lightning.inputs import Input
 from sg_lightning.sampling import SampleGenerator
 from sg_lightning.threats import L0
@@ -65,10 +65,7 @@ class _Sparse(Attack):
         self._begin(at)
 
         def look() -> None:
-            found = oracle.value_and_grad(at.point, at.y, get_loss(self.loss), at.memory, at.rows)
-            wrong = found.logits.argmax(1) != at.y
-            progress.record(at.index, at.point, found.loss, wrong, at.step, oracle.passes, found)
-            at.gradient = finite(found.grad)
+            look_at(oracle, at, progress, self.loss)
 
         look()
         check_labels(at.y, oracle.classes)
