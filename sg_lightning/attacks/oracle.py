@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sg_lightning.attacks.answers import Counts, Gradient, Health, check_graph, check_labels, check_logits
+from sg_lightning.attacks.answers import (
+    Counts,
+    Gradient,
+    Health,
+    all_finite_all_zero,
+    check_graph,
+    check_labels,
+    check_logits,
+)
 from sg_lightning.attacks.capture import Graphs, Record, State
 from sg_lightning.attacks.estimators import Estimator, Memory, beside
 from sg_lightning.attacks.estimators.beside import Each, OtherSamples, Share
@@ -333,7 +341,8 @@ class Oracle:
             everyone = torch.arange(samples, device=y.device)
             index = torch.cat([everyone if share.index is None else share.index for share in shares])
             x, y, rows = select(x, index), y[index], index if rows is None else rows[index]
-        x = apply(lambda t: t.detach().clone().requires_grad_(), x)
+        # No copy, unless a tensor of inference mode, which cannot require gradients, comes in.
+        x = apply(lambda t: (t.clone() if t.is_inference() else t.detach()).requires_grad_(), x)
         sizes = [samples if share.index is None else len(share.index) for share in shares]
         estimators = [share.estimator for share in shares]
         with beside.applied(self.model, list(zip(estimators, known, sizes, strict=True))):
@@ -389,8 +398,7 @@ class Oracle:
 
     def _judged(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Tell whose gradient is not finite and whose is zero everywhere, bool (B,), and keep count."""
-        finite = torch.stack([torch.isfinite(g).flatten(1).all(1) for g in grads]).all(0)
-        zero = torch.stack([(g == 0).flatten(1).all(1) for g in grads]).all(0)
+        finite, zero = all_finite_all_zero(grads)
         self.health.note(zero, ~finite)
         if self.on_nonfinite == "raise" and not bool(finite.all()):
             raise FloatingPointError(

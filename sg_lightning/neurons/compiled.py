@@ -1,16 +1,17 @@
-"""The neuron compiled by Inductor for the CPU: several time steps in one loop over neurons.
+"""The neuron compiled by Inductor for the CPU: one or two time steps in one loop over neurons, from row to row.
 
-Time is cut into chunks of up to ``_CHUNK`` steps that hand on their state, so that code for one or two lengths serves
-any T and compile time does not grow with T; N is dynamic. Inductor contracts no multiply-add on a CPU unless told
-to, so spikes are those of the reference bit for bit.
+Longer bodies are slower: rows of a sequence are often a power of two apart, and more than a few of them at once fit neither
+the ways of a cache nor the streams that a processor fetches ahead. The state is the row that was written last, so code for
+two lengths serves any T, compile time does not grow with T, and N is dynamic. Inductor contracts no multiply-add on a CPU
+unless told to, so spikes are those of the reference bit for bit.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from torch import Tensor
 from sg_lightning.neurons import eager
 from sg_lightning.neurons.base import Dynamics
 from sg_lightning.neurons.eager import Gradients, Needs, carried, reduced
-from sg_lightning.neurons.inductor import Compiled
+from sg_lightning.neurons.inductor import Compiled, Kind
 from sg_lightning.neurons.surrogates import Surrogate, of_code
 
-_CHUNK = 16  # steps: longer bodies compile for longer and do not fit the registers
+_STEPS = 2  # of a call
 _log = logging.getLogger(__name__)
 
 broken = ""  # why compiled code cannot be used in this process, if so
@@ -31,18 +32,27 @@ broken = ""  # why compiled code cannot be used in this process, if so
 def forward(x: Tensor, beta: Tensor, theta: Tensor, dynamics: Dynamics, keep: bool) -> tuple[Tensor, Tensor | None]:
     """Do :func:`eager.forward <sg_lightning.neurons.eager.forward>` in compiled code."""
     steps, size = x.shape
-    constant = x.stride(0) == 0 and steps > 1
-    x = x[:1].contiguous() if constant else x.contiguous()
-    kind = (dynamics.code, keep, constant, *_kind(x, beta, theta))
-    c = s_last = beta.new_zeros(size)
+    _check(beta, beta.dtype, (), (size,))
+    _check(theta, beta.dtype, (), (size,))
+    x, beta, theta = _with_rows(x), beta.contiguous(), theta.contiguous()
+    kind = keep, dynamics.code, x.dtype, *_kind(beta, theta)
     spikes = x.new_empty((steps, size))
-    membranes = x.new_empty((steps, size), dtype=beta.dtype) if keep else None
-    spike_rows = list(spikes.unbind(0))
-    membrane_rows = None if membranes is None else list(membranes.unbind(0))
-    for rows in _chunks(steps):
-        out = spike_rows[rows], None if membrane_rows is None else membrane_rows[rows]
-        run = _forward(rows.stop - rows.start, *kind)
-        c, s_last = run(size, x if constant else x[rows], c, s_last, beta, theta, *out)
+    membranes = beta.new_empty((steps, size)) if keep else None
+    rest, silence = beta.new_zeros(size), x.new_zeros(size)
+    states = beta.new_empty((2, size)) if membranes is None else membranes
+    x_at, s_at = _addresses(x), _addresses(spikes)
+    u_at = _addresses(states) if keep else _in_turn(states, steps)
+    numbers = [repeat(beta.data_ptr()), repeat(theta.data_ptr())]
+    u_before, s_before = rest.data_ptr(), silence.data_ptr()
+    for length, low, high in _stretches(steps):
+        last = slice(low + length - 1, high, length)
+        run = _forward(length, *kind)
+        run(size, [
+            [u_before, *u_at[last][:-1]], [s_before, *s_at[last][:-1]], *numbers,
+            *_columns(x_at, length, low, high), *_columns(s_at, length, low, high),
+            *(_columns(u_at, length, low, high) if keep else [u_at[last]]),
+        ])  # fmt: skip
+        u_before, s_before = u_at[high - 1], s_at[high - 1]
     return spikes, membranes
 
 
@@ -59,29 +69,36 @@ def backward(
 ) -> Gradients:
     """Do :func:`eager.backward <sg_lightning.neurons.eager.backward>` in compiled code."""
     steps, size = u.shape
-    u = u.contiguous()
-    g, h = (None if t is None else t.contiguous() for t in (g, h))
+    for t, *allowed in ((beta, (), (size,)), (theta, (), (size,)), (h, u.shape)):
+        _check(t, u.dtype, *allowed)
+    _check(g, None if g is None else g.dtype, u.shape)
+    u, beta, theta = _with_rows(u), beta.contiguous(), theta.contiguous()
+    g, h = (None if t is None else _with_rows(t) for t in (g, h))
     kind = (
-        dynamics.code,
-        rule.code,
-        need,
-        None if g is None else g.dtype,
-        h is not None,
-        dtype,
-        *_kind(u, beta, theta),
-    )
-    later = u.new_zeros(size)
+        dynamics.code, rule.code, need[1], need[2], None if g is None else g.dtype, h is not None,
+        dtype if need[0] else None, *_kind(beta, theta),
+    )  # fmt: skip
     dx = u.new_empty((steps, size), dtype=dtype) if need[0] else None
-    totals = [u.new_zeros(size) if n else None for n in need[1:]]
-    dx_rows = None if dx is None else list(dx.unbind(0))
-    for rows in reversed(_chunks(steps)):
-        parts = (None if t is None else t[rows] for t in (g, h, u))
-        run = _backward(rows.stop - rows.start, *kind)
-        later, *sums = run(size, *parts, later, beta, theta, None if dx_rows is None else dx_rows[rows])
-        for total, piece in zip(totals, sums, strict=True):
-            if total is not None:
-                total += piece
-    return dx, reduced(totals[0], beta), reduced(totals[1], theta)
+    sums = [u.new_zeros((2, size)) for n in need[1:] if n]  # before a call and after it
+    exact = dx is not None and dx.dtype == u.dtype  # then it is what the step before needs
+    states = dx if dx is not None and exact else u.new_empty((2, size))
+    rest = u.new_zeros(size)
+    sequences = [_addresses(t) for t in (u, g, h, dx) if t is not None]
+    d_at = _addresses(states) if exact else _in_turn(states, steps)
+    sums_at = [_in_turn(t, steps + _STEPS) for t in sums]
+    numbers = [repeat(beta.data_ptr()), repeat(theta.data_ptr())]
+    later = rest.data_ptr()
+    for length, low, high in reversed(_stretches(steps)):
+        columns = [c for at in sequences for c in _columns(at, length, low, high)]
+        columns += [at[low + shift : high + shift : length] for at in sums_at for shift in (_STEPS, 0)]
+        after = d_at[low:high:length]
+        columns += [] if exact else [after]
+        run = _backward(length, *kind)
+        run(size, [[later, *after[:0:-1]], *numbers, *(c[::-1] for c in columns)])
+        later = after[0]
+    totals = iter(t[0] for t in sums)  # where the call of step 0 writes
+    dbeta, dtheta = (next(totals) if n else None for n in need[1:])
+    return dx, reduced(dbeta, beta), reduced(dtheta, theta)
 
 
 class Cautious:
@@ -108,81 +125,132 @@ def _tried(fast: Callable[..., Any], safe: Callable[..., Any], *args: Any) -> An
         return safe(*args)
 
 
-def _chunks(steps: int) -> list[slice]:
-    """Cut time into chunks of at most two lengths, of one if a divisor of ``steps`` allows."""
-    length = next((n for n in range(_CHUNK, max(_CHUNK // 4, 1), -1) if steps % n == 0), None)
-    number = -(-steps // (length or _CHUNK))
-    ends = [round(steps * i / number) for i in range(number + 1)]
-    return [slice(low, high) for low, high in itertools.pairwise(ends)]
+def _stretches(steps: int) -> list[tuple[int, int, int]]:
+    """Cut time into what is done two steps by two, and the step that is left: (length of a call, first, end)."""
+    paired = steps - steps % _STEPS
+    return [(n, low, high) for n, low, high in ((_STEPS, 0, paired), (1, paired, steps)) if high > low]
 
 
-def _kind(like: Tensor, beta: Tensor, theta: Tensor) -> tuple[Any, ...]:
+def _check(t: Tensor | None, dtype: torch.dtype | None, *shapes: tuple[int, ...]) -> None:
+    """Refuse what would be read wrongly, or beyond its end: addresses tell nothing of a tensor."""
+    if t is not None and (t.shape not in shapes or t.dtype != dtype or t.device.type != "cpu"):
+        raise ValueError(
+            f"a neuron on the CPU needs {dtype} of shape {' or '.join(map(str, map(tuple, shapes)))}, got {t.dtype} of shape "
+            f"{tuple(t.shape)} on {t.device}"
+        )
+
+
+def _with_rows(t: Tensor) -> Tensor:
+    """Return a matrix whose rows are dense; they may be anywhere, or all the same."""
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _addresses(t: Tensor) -> list[int]:
+    start, step = t.data_ptr(), t.stride(0) * t.element_size()
+    return [start + i * step for i in range(t.shape[0])]
+
+
+def _in_turn(two: Tensor, steps: int) -> list[int]:
+    """Return addresses of two rows that calls take turns in, for every step."""
+    at = _addresses(two)
+    return [at[t // _STEPS % 2] for t in range(steps)]
+
+
+def _columns(at: list[int], length: int, low: int, high: int) -> list[list[int]]:
+    """Return, for the first step of all calls, for the second, and so on, where their rows are."""
+    return [at[low + i : high : length] for i in range(length)]
+
+
+def _kind(beta: Tensor, theta: Tensor) -> tuple[Any, ...]:
     # Inductor writes the number of threads into the code.
-    return like.dtype, beta.dtype, beta.dim(), theta.dim(), torch.get_num_threads()
+    return beta.dtype, beta.dim() == 0, theta.dim() == 0, torch.get_num_threads()
 
 
 @functools.cache
-def _forward(steps: int, code: str, keep: bool, constant: bool, *kind: Any) -> Compiled:
+def _forward(
+    steps: int, keep: bool, code: str, dtype: torch.dtype, compute: torch.dtype, one_beta: bool, one_theta: bool, _: int
+) -> Compiled:
     dynamics = Dynamics.of_code(code)
     fires = torch.ge if dynamics.fire_at_threshold else torch.gt
 
-    def body(
-        x: Tensor,
-        c: Tensor,
-        s: Tensor,
-        beta: Tensor,
-        theta: Tensor,
-        s_rows: list[Tensor],
-        u_rows: list[Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
+    def body(u: Tensor, s: Tensor, beta: Tensor, theta: Tensor, *rows: Tensor) -> None:
+        # At rest nothing is left of a spike, were there one; so where the reset is to zero u alone tells it.
+        s = fires(u, theta).to(u.dtype) if dynamics.reset == "zero" else s.to(u.dtype)
         for t in range(steps):
-            u = beta * c + x[0 if constant else t]
+            c = carried(u, s, theta, dynamics)
+            u = beta * c + rows[t]
             if dynamics.subtracts_late:
                 u = u - s * theta
             s = fires(u, theta).to(u.dtype)
-            c = carried(u, s, theta, dynamics)
-            s_rows[t].copy_(s)
-            if u_rows is not None:
-                u_rows[t].copy_(u)
-        return c, s
+            rows[steps + t].copy_(s)
+            if keep:
+                rows[2 * steps + t].copy_(u)
+        if not keep:
+            rows[-1].copy_(u)
 
-    return Compiled(body, f"forward, {steps} steps, {code}")
+    return Compiled(
+        body,
+        [Kind(compute), Kind(dtype), Kind(compute, one_beta), Kind(compute, one_theta)]
+        + [Kind(dtype)] * 2 * steps + [Kind(compute)] * (steps if keep else 1),
+        f"forward, {steps} steps, {code}",
+    )  # fmt: skip
 
 
 @functools.cache
-def _backward(steps: int, code: str, rule_code: str, need: Needs, *kind: Any) -> Compiled:
+def _backward(
+    steps: int,
+    code: str,
+    rule_code: str,
+    need_beta: bool,
+    need_theta: bool,
+    g_dtype: torch.dtype | None,
+    has_h: bool,
+    dx_dtype: torch.dtype | None,
+    compute: torch.dtype,
+    one_beta: bool,
+    one_theta: bool,
+    _: int,
+) -> Compiled:
     dynamics, rule = Dynamics.of_code(code), of_code(rule_code)
     zero, late, subtract = dynamics.reset == "zero", dynamics.subtracts_late, dynamics.reset == "subtract"
     attached = not dynamics.detach_reset and dynamics.reset != "none"
     fires = torch.ge if dynamics.fire_at_threshold else torch.gt
+    sequences = {"u": compute, "g": g_dtype, "h": compute if has_h else None, "dx": dx_dtype}
+    kinds = [Kind(dtype) for dtype in sequences.values() if dtype is not None for _ in range(steps)]
+    kinds += [Kind(compute)] * (2 * need_beta + 2 * need_theta + (dx_dtype != compute))
 
-    def body(
-        g: Tensor | None,
-        h: Tensor | None,
-        u: Tensor,
-        later: Tensor,
-        beta: Tensor,
-        theta: Tensor,
-        d_rows: list[Tensor] | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        dbeta, dtheta = torch.zeros_like(later), torch.zeros_like(later)
+    def body(later: Tensor, beta: Tensor, theta: Tensor, *rows: Tensor) -> None:
+        left = iter(rows)
+        u, g, h, dx = ([next(left) for _ in range(steps)] if d is not None else None for d in sequences.values())
+        dbeta, dbeta_out = (next(left), next(left)) if need_beta else (torch.zeros_like(later), None)
+        dtheta, dtheta_out = (next(left), next(left)) if need_theta else (torch.zeros_like(later), None)
+        assert u is not None
         for t in range(steps - 1, -1, -1):
-            u_t = u[t]
-            z = u_t - theta
+            z = u[t] - theta
             phi = rule.derivative(z)
-            s = fires(u_t, theta).to(u_t.dtype)
+            s = fires(u[t], theta).to(z.dtype)
             r = later if late else beta * later  # the gradient of what a spike changes
-            q = torch.zeros_like(later) if g is None else g[t].to(u_t.dtype)
+            q = torch.zeros_like(later) if g is None else g[t].to(z.dtype)
             if attached:
-                q = q - r * (u_t if zero else theta)
-            dbeta = dbeta + later * carried(u_t, s, theta, dynamics)
+                q = q - r * (u[t] if zero else theta)
+            dbeta = dbeta + later * carried(u[t], s, theta, dynamics)
             dtheta = dtheta - phi * q
             if subtract:
                 dtheta = dtheta - s * r
-            d = phi * q + ((1 - s) * r if zero else beta * later)
-            later = d if h is None else d + h[t]
-            if d_rows is not None:
-                d_rows[t].copy_(later)
-        return later, dbeta if need[1] else None, dtheta if need[2] else None
+            later = phi * q + ((1 - s) * r if zero else beta * later)
+            if h is not None:
+                later = later + h[t]
+            if dx is not None:
+                dx[t].copy_(later)
+        if dbeta_out is not None:
+            dbeta_out.copy_(dbeta)
+        if dtheta_out is not None:
+            dtheta_out.copy_(dtheta)
+        if dx_dtype != compute:
+            next(left).copy_(later)
 
-    return Compiled(body, f"backward, {steps} steps, {code}, {rule}")
+    return Compiled(
+        body,
+        [Kind(compute), Kind(compute, one_beta), Kind(compute, one_theta), *kinds],
+        f"backward, {steps} steps, {code}, {rule}",
+    )

@@ -4,7 +4,7 @@
 |---|---|---|
 | ``reference`` | a readable loop over time in ordinary autograd | anywhere |
 | ``eager`` | blocks of torch operations with a closed-form backward | anywhere |
-| ``compiled`` | the same equations compiled by Inductor, several time steps in one loop | CPU with a C++ compiler |
+| ``compiled`` | the same equations compiled by Inductor, two time steps in one loop | CPU with a C++ compiler |
 | ``triton`` | one kernel over all time steps per direction | CUDA |
 
 All give the same spikes, bit for bit, and gradients equal up to rounding. ``auto``, the default, takes ``triton`` for
@@ -33,7 +33,6 @@ from sg_lightning.neurons.surrogates import Surrogate
 Path = Literal["auto", "reference", "eager", "compiled", "triton"]
 
 VARIABLE = "SG_LIGHTNING_NEURONS"
-LEAST = 64  # neurons: fewer are never compiled; sizes 0 and 1 are special to torch.compile, and N must differ from T
 _PATIENCE = 10_000_000_000  # neurons times steps that eager code does in about the time that compiling takes
 
 
@@ -102,7 +101,7 @@ def choose(path: str, like: Tensor, kind: Hashable) -> Choice:
     Raises:
         RuntimeError: The machine or the device of ``like`` does not offer the path that is wanted.
     """
-    device, size = like.device.type, like.shape[1]
+    device = like.device.type
     if path == "eager":
         return Choice("eager", "asked for")
     if path == "reference":  # the readable loop is not inside the operator
@@ -115,22 +114,18 @@ def choose(path: str, like: Tensor, kind: Hashable) -> Choice:
     if path == "compiled":
         if device != "cpu":
             raise RuntimeError(f"the path 'compiled' is for CPU tensors, got one on {device}; use 'auto' or 'eager'")
-        if size < LEAST:
-            return Choice("eager", f"compiled was asked for, but the layer has {size} neurons, fewer than {LEAST}")
         return Choice("compiled", "asked for")
     if device == "cuda":
         problem = without_triton(device)
         return Choice("eager", problem) if problem else Choice("triton", "CUDA tensors")
     if device != "cpu":
         return Choice("eager", f"tensors on {device}")
-    return _on_cpu(size, kind)
+    return _on_cpu(kind)
 
 
-def _on_cpu(size: int, kind: Hashable) -> Choice:
+def _on_cpu(kind: Hashable) -> Choice:
     from sg_lightning.neurons import compiled
 
-    if size < LEAST:
-        return Choice("eager", f"the layer has {size} neurons, fewer than {LEAST}")
     if compiled.broken:
         return Choice("eager", compiled.broken)
     if torch.are_deterministic_algorithms_enabled():

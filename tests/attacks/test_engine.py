@@ -21,6 +21,7 @@ from sg_lightning.attacks import (
     suite_names,
     verify,
 )
+from sg_lightning.attacks.answers import all_finite_all_zero
 from sg_lightning.domains import Binary, Box, Counts
 from sg_lightning.neurons import LIF, surrogates
 from sg_lightning.sampling import SampleGenerator
@@ -414,3 +415,18 @@ def test_own_suite_with_attacks_per_norm(tmp_path):
     path.write_text("eps: headline\nattacks:\n  - {attack: rfgsm, only: [linf]}\n  - {attack: pgd, steps: 7}\n")
     suite = load_suite(path, BUDGETS, Box())
     assert [[a.name for a in e.attacks] for e in suite.entries] == [["rfgsm", "pgd-7"], ["pgd-7"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whose_gradient_is_not_finite_or_zero_everywhere(dtype):
+    inf, nan, tiny = torch.inf, torch.nan, torch.finfo(dtype).tiny
+    cases = [
+        ([0.0, -0.0, 0.0], True, True), ([0.0, tiny, 0.0], True, False), ([-tiny, 0.0, 0.0], True, False),
+        ([1.0, nan, -2.0], False, False), ([0.0, 0.0, nan], False, False), ([1.0, inf, 0.0], False, False),
+        ([-inf, 0.0, 0.0], False, False), ([nan, inf, 0.0], False, False), ([3.0, -1.0, 2.0], True, False),
+    ]  # fmt: skip
+    values = torch.tensor([case[0] for case in cases], dtype=dtype)
+    expected = [torch.tensor([case[i] for case in cases]) for i in (1, 2)]
+    for grads in ([values], [values.unsqueeze(1)], [values[:, :2].view(-1, 2, 1, 1), values[:, 2]]):
+        for found, wanted in zip(all_finite_all_zero(grads), expected, strict=True):
+            assert torch.equal(found, wanted)

@@ -121,7 +121,7 @@ def cpu(monkeypatch):
 def test_auto_compiles_when_the_work_pays_for_it(cpu, monkeypatch):
     neuron = LIF(0.9)
     small, large = torch.zeros(4, 2, 10), torch.zeros(8, 2, 20_000)
-    assert neuron.path(small) == ("eager", "the layer has 20 neurons, fewer than 64")
+    assert neuron.path(small).path == "eager"
     assert neuron.path(large).path == "eager"
     assert "too little work so far" in neuron.path(large).why
     monkeypatch.setattr(paths, "_PATIENCE", 2 * large.numel())
@@ -131,7 +131,7 @@ def test_auto_compiles_when_the_work_pays_for_it(cpu, monkeypatch):
         neuron(large)
         assert neuron.path(large).path == "compiled"
         assert LIF(0.9, reset="none").path(large).path == "eager"  # another kind
-        assert neuron.path(small).path == "eager"
+        assert neuron.path(small).path == "compiled"  # the kind counts, not the layer
         torch.use_deterministic_algorithms(True)
         try:
             assert "deterministic" in neuron.path(large).why
@@ -182,10 +182,6 @@ def test_use_path_for_a_block_or_for_good():
 
 
 def test_paths_that_the_machine_does_not_offer():
-    with use_path("compiled"):
-        choice = LIF().path(torch.zeros(2, 1, 3))
-        assert choice.path == "eager"
-        assert "3 neurons" in choice.why
     if not os.environ.get("TRITON_INTERPRET"):
         with use_path("triton"), pytest.raises(RuntimeError, match=r"triton.*not possible here"):
             LIF()(torch.zeros(2, 1, 3))
@@ -316,3 +312,14 @@ def test_a_compiler_sees_the_triton_kernels():
         [sys.executable, "-c", SEEN_THROUGH], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_compiled_code_refuses_what_it_would_read_beyond_the_end_of():
+    dynamics, rule, x = LIF().dynamics, Atan(2.0), torch.zeros(4, 70)
+    leak, short = torch.tensor(0.9), torch.full((69,), 0.9)
+    for beta, theta in ((short, leak), (leak, short), (leak.double(), leak)):
+        with pytest.raises(ValueError, match="a neuron on the CPU needs"):
+            compiled.forward(x, beta, theta, dynamics, True)
+    for g, h in ((x[:3], None), (None, x[:, :69]), (None, x.double())):
+        with pytest.raises(ValueError, match="a neuron on the CPU needs"):
+            compiled.backward(g, h, x, leak, leak, dynamics, rule, (True, False, False), torch.float32)

@@ -48,8 +48,7 @@ def assert_close(found, expected, tolerance):
 
 @pytest.fixture
 def chunked(monkeypatch):
-    """Sequences of six steps cross chunks and blocks on every path."""
-    monkeypatch.setattr(compiled, "_CHUNK", 4)
+    """Sequences of seven steps cross chunks and blocks on every path, and leave a rest of one."""
     monkeypatch.setattr(eager, "_CPU_BLOCK", 37)
     monkeypatch.setattr(eager, "_CHUNK", 80)
     if INTERPRETED:
@@ -73,7 +72,7 @@ def uncompiled(monkeypatch, chunked):
 
 
 def check_equations(path, options, rule, vector, oracle):
-    x = currents(6, 4, 5, 6).requires_grad_()
+    x = currents(7, 4, 5, 6).requires_grad_()
     beta = torch.rand(5, dtype=torch.float64) if vector else torch.tensor(0.8, dtype=torch.float64)
     theta = torch.rand(5, dtype=torch.float64) + 0.5 if vector else torch.tensor(0.9, dtype=torch.float64)
     neuron = LIF(beta, theta, **options, surrogate=rule, learn_beta=True, learn_threshold=True)
@@ -98,7 +97,7 @@ def check_bits(path, options, dtype):
     """Spikes and membranes are the reference's to the bit, with and without gradients; gradients to rounding."""
     neuron = LIF(torch.rand(5), torch.rand(5) + 0.5, **options, learn_beta=True, learn_threshold=True)
     neuron = neuron.double() if dtype == torch.float64 else neuron
-    x = currents(6, 4, 5, 6, dtype=dtype).requires_grad_()
+    x = currents(7, 4, 5, 6, dtype=dtype).requires_grad_()
     g = torch.randn(x.shape).to(dtype)
     found = []
     for name in ("reference", path):
@@ -107,7 +106,7 @@ def check_bits(path, options, dtype):
             grads = torch.autograd.grad((s * g).sum() + u.sum(), [x, neuron.beta, neuron.threshold])
             with torch.no_grad():
                 assert torch.equal(neuron(x), s)
-                assert torch.equal(neuron(x[:1].expand(6, -1, -1, -1))[0], s[0])
+                assert torch.equal(neuron(x[:1].expand(7, -1, -1, -1))[0], s[0])
         found.append((s, u, [t.double() for t in grads]))
     (s, u, grads), (expected, membranes, wanted) = found[1], found[0]
     assert torch.equal(s, expected)
