@@ -24,6 +24,7 @@ from sg_lightning.neurons.inductor import Compiled, Kind
 from sg_lightning.neurons.surrogates import Surrogate, of_code
 
 _STEPS = 2  # of a call
+_rest: dict[torch.dtype, Tensor] = {}
 _log = logging.getLogger(__name__)
 
 broken = ""  # why compiled code cannot be used in this process, if so
@@ -38,7 +39,7 @@ def forward(x: Tensor, beta: Tensor, theta: Tensor, dynamics: Dynamics, keep: bo
     kind = keep, dynamics.code, x.dtype, *_kind(beta, theta)
     spikes = x.new_empty((steps, size))
     membranes = beta.new_empty((steps, size)) if keep else None
-    rest, silence = beta.new_zeros(size), x.new_zeros(size)
+    rest, silence = _zeros(size, beta.dtype), _zeros(size, x.dtype)
     states = beta.new_empty((2, size)) if membranes is None else membranes
     x_at, s_at = _addresses(x), _addresses(spikes)
     u_at = _addresses(states) if keep else _in_turn(states, steps)
@@ -82,7 +83,7 @@ def backward(
     sums = [u.new_zeros((2, size)) for n in need[1:] if n]  # before a call and after it
     exact = dx is not None and dx.dtype == u.dtype  # then it is what the step before needs
     states = dx if dx is not None and exact else u.new_empty((2, size))
-    rest = u.new_zeros(size)
+    rest = _zeros(size, u.dtype)
     sequences = [_addresses(t) for t in (u, g, h, dx) if t is not None]
     d_at = _addresses(states) if exact else _in_turn(states, steps)
     sums_at = [_in_turn(t, steps + _STEPS) for t in sums]
@@ -143,6 +144,14 @@ def _check(t: Tensor | None, dtype: torch.dtype | None, *shapes: tuple[int, ...]
 def _with_rows(t: Tensor) -> Tensor:
     """Return a matrix whose rows are dense; they may be anywhere, or all the same."""
     return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _zeros(size: int, dtype: torch.dtype) -> Tensor:
+    """Return at least so many zeros, to be read only: making them takes as long as a time step."""
+    row = _rest.get(dtype)
+    if row is None or len(row) < size:
+        row = _rest[dtype] = torch.zeros(size, dtype=dtype)
+    return row
 
 
 def _addresses(t: Tensor) -> list[int]:
