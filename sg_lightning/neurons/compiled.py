@@ -175,6 +175,14 @@ def _kind(beta: Tensor, theta: Tensor) -> tuple[Any, ...]:
     return beta.dtype, beta.dim() == 0, theta.dim() == 0, torch.get_num_threads()
 
 
+def _made(body: Callable[..., None], kinds: list[Kind], name: str) -> Compiled:
+    global broken
+    made = Compiled(body, kinds, name)
+    if not made.direct:
+        broken = "the kernels that Inductor makes cannot be called by address, and torch.compile calls them too slowly"
+    return made
+
+
 @functools.cache
 def _forward(
     steps: int, keep: bool, code: str, dtype: torch.dtype, compute: torch.dtype, one_beta: bool, one_theta: bool, _: int
@@ -197,7 +205,7 @@ def _forward(
         if not keep:
             rows[-1].copy_(u)
 
-    return Compiled(
+    return _made(
         body,
         [Kind(compute), Kind(dtype), Kind(compute, one_beta), Kind(compute, one_theta)]
         + [Kind(dtype)] * 2 * steps + [Kind(compute)] * (steps if keep else 1),
@@ -258,7 +266,7 @@ def _backward(
         if dx_dtype != compute:
             next(left).copy_(later)
 
-    return Compiled(
+    return _made(
         body,
         [Kind(compute), Kind(compute, one_beta), Kind(compute, one_theta), *kinds],
         f"backward, {steps} steps, {code}, {rule}",

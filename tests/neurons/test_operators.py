@@ -10,7 +10,7 @@ import torch
 from torch.library import opcheck
 
 from sg_lightning.backbones import VGG, ConvNet, SpikingMLP
-from sg_lightning.neurons import LIF, LeakyIntegrator, compiled, operators, paths, use_path
+from sg_lightning.neurons import LIF, LeakyIntegrator, compiled, inductor, operators, paths, use_path
 from sg_lightning.neurons.base import Dynamics
 from sg_lightning.neurons.surrogates import Atan, Triangular
 
@@ -162,6 +162,24 @@ def test_a_broken_compiler_is_told_once_and_costs_nothing_but_speed(cpu, monkeyp
         neuron(x)
     compiled._forward.cache_clear()
     compiled._backward.cache_clear()
+
+
+@pytest.mark.skipif(not paths.has_compiler(), reason="needs a C++ compiler")
+def test_kernels_out_of_reach_are_left_for_eager_code_unless_asked_for(cpu, monkeypatch):
+    monkeypatch.setattr(inductor, "_is_kernel", lambda value: False)
+    monkeypatch.setattr(paths, "_PATIENCE", 0)
+    compiled._forward.cache_clear()
+    neuron, x = LIF(0.81), currents(3, 2, 50)
+    assert neuron.path(x).path == "compiled"
+    with torch.no_grad():
+        spikes = neuron(x)
+        assert neuron.path(x).path == "eager"
+        assert "cannot be called by address" in neuron.path(x).why
+        assert torch.equal(neuron(x), spikes)
+        with use_path("compiled"):
+            assert neuron.path(x).path == "compiled"
+            assert torch.equal(neuron(x), spikes)
+    compiled._forward.cache_clear()
 
 
 def test_use_path_for_a_block_or_for_good():
