@@ -186,11 +186,17 @@ class _Floor(nn.Module):
         return torch.stack(sequence)
 
 
+class _Sequences(Folded):
+    """Like ours, for neurons that are not ours."""
+
+    def __init__(self, layers: nn.ModuleList, neuron: Callable[[Mark], nn.Module]) -> None:
+        super().__init__(layers, neuron)
+        self.features = _Sequence(*self.features)
+
+
 def floor(layers: nn.ModuleList) -> nn.Module:
     """Return the net with a ReLU over all steps at every mark; what comes before the first one runs once, as in ours."""
-    net = Folded(layers, _Floor)
-    net.features = _Sequence(*net.features)
-    return net
+    return _Sequences(layers, _Floor)
 
 
 class _Leaky(nn.Module):
@@ -218,17 +224,13 @@ class _Leaky(nn.Module):
 
 def snntorch_fold(layers: nn.ModuleList, beta: float) -> nn.Module:
     """Return a net whose layers see time folded, and whose neurons are snnTorch's in a loop."""
-    return _Repeated(layers, lambda mark: _Leaky(mark, beta))
+    return Repeated(layers, lambda mark: _Leaky(mark, beta))
 
 
-class _Repeated(Folded):
+class Repeated(_Sequences):
     """Time folded, and constant inputs repeated, as is usual; torch's pooling."""
 
     pool = staticmethod(lambda: nn.AvgPool2d(2))
-
-    def __init__(self, layers: nn.ModuleList, neuron: Callable[[Mark], nn.Module]) -> None:
-        super().__init__(layers, neuron)
-        self.features = _Sequence(*self.features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K)."""
@@ -291,7 +293,7 @@ def spikingjelly(layers: nn.ModuleList, beta: float) -> nn.Module:
     """
     if any(isinstance(layer, Mark) and layer.feedback is not None for layer in layers):
         raise NotImplementedError("no multi-step mode with feedback")
-    return _Repeated(layers, lambda mark: _LIFNode(beta))
+    return Repeated(layers, lambda mark: _LIFNode(beta))
 
 
 class Compiled(Folded):

@@ -164,7 +164,7 @@ def attack_step(
             for _step in range(3):
                 point = project(point, oracle.value_and_grad(point, y, attack_loss).grad)
 
-    return engine if type(net.net) in (Folded, networks.Compiled) else usual
+    return engine if isinstance(net.net, Folded) and not isinstance(net.net, networks.Repeated) else usual
 
 
 def _cast(dtype: torch.dtype | None, x: Tensor) -> Any:
