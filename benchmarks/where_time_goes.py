@@ -3,8 +3,8 @@
     python benchmarks/where_time_goes.py
 
 You will see, for the networks of benchmarks/training.py, the share of CPU time that convolutions and matrix products,
-batch norm, neurons, pooling, the optimiser and all else take in one step: of ours, of the same network in snnTorch stepped
-over time, and of the ReLU floor. Results go to benchmarks/results (where_time_goes.json, where_time_goes.md).
+batch norm, neurons, pooling, the optimiser and all else take in one step: of ours (eager and compiled), of the same network in
+snnTorch stepped over time, and of the ReLU floor. Results go to benchmarks/results (where_time_goes.json, where_time_goes.md).
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 from networks import NETWORKS
 from timing import measured, provenance, save
 from torch.profiler import ProfilerActivity, profile, record_function
-from training import FLOOR, OURS, STEP, attack_step, batch, contestants, training_step
+from training import COMPILED, FLOOR, OURS, STEP, attack_step, batch, contestants, training_step
 
 from sg_lightning.backbones import pooling
 from sg_lightning.neurons import operators
 
 ROOT = Path(__file__).parent.parent
 NEURONS, POOLING = "neurons", "pooling"
+RUNS = 3
 GROUPS = {
     "convolutions and matrix products": ("conv", "mkldnn", "mm", "linear"),
     "batch norm": ("batch_norm",),
@@ -35,15 +36,16 @@ GROUPS = {
 
 
 def grouped(run: Callable[[int], None]) -> dict[str, float]:
-    """Return milliseconds of each group in one run, after two to warm up."""
+    """Return milliseconds of each group in one run: the mean of three, after two to warm up."""
     run(0)
     run(0)
     with profile(activities=[ProfilerActivity.CPU]) as found:
-        run(0)
+        for _ in range(RUNS):
+            run(0)
     total: Counter[str] = Counter()
     inside = [e for e in found.events() if e.name in (NEURONS, POOLING)]
     for event in found.events():
-        spent = event.self_cpu_time_total / 1000
+        spent = event.self_cpu_time_total / 1000 / RUNS
         around = (
             n.name for n in inside
             if n.thread == event.thread and n.time_range.start <= event.time_range.start <= n.time_range.end
@@ -81,7 +83,7 @@ def measure(name: str) -> dict[str, Any]:
             else attack_step(nets[who], x, y, None, backward=who == STEP)
         )
         for kind in ("train", "pgd")
-        for who in (STEP, OURS, FLOOR)
+        for who in (STEP, OURS, COMPILED, FLOOR)
     }
 
 
@@ -90,7 +92,7 @@ def table(results: dict[str, Any]) -> str:
     groups = [*GROUPS, NEURONS, "all else"]
     head = (
         f"{measured(results['provenance'])}. Milliseconds of one training step, and of three PGD steps, by torch's profiler. "
-        "snnTorch's neurons are ordinary operations and count as all else."
+        "snnTorch's neurons are ordinary operations and count as all else, as do those of recurrent layers."
     )
     lines = [
         head,

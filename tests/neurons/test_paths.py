@@ -72,8 +72,8 @@ def uncompiled(monkeypatch, chunked):
     clear()
 
 
-def check_equations(path, options, rule, vector, oracle):
-    x = currents(7, 4, 5, 6).requires_grad_()
+def check_equations(path, options, rule, vector, oracle, steps=7):
+    x = currents(steps, 4, 5, 6).requires_grad_()
     beta = torch.rand(5, dtype=torch.float64) if vector else torch.tensor(0.8, dtype=torch.float64)
     theta = torch.rand(5, dtype=torch.float64) + 0.5 if vector else torch.tensor(0.9, dtype=torch.float64)
     neuron = LIF(beta, theta, **options, surrogate=rule, learn_beta=True, learn_threshold=True)
@@ -159,7 +159,9 @@ def test_compiled_code_rounds_as_the_reference(reset, dtype, chunked):
 @pytest.mark.parametrize("vector", [False, True], ids=["scalar", "per-channel"])
 def test_all_equations_of_compiled_code(options, vector, chunked, oracle):
     for rule in RULES:
-        check_equations("compiled", options, rule, vector, oracle)
+        check_equations(
+            "compiled", options, rule, vector, oracle, 6
+        )  # the rest of one step takes as long again to compile
 
 
 only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess of test_triton_kernels")
