@@ -69,10 +69,13 @@ class Gradient:
 def all_finite_all_zero(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Tell per sample whether all of ``grads``, (B, ...) each, are finite, and whether they are zero everywhere; bool (B,).
 
-    Asked of the extremes, which NaN is one of if there is one: a tenth of the price of a look at every value.
+    Asked of the extremes, one of which is NaN if there is one: many times cheaper than a look at every value.
     """
-    ends = torch.stack([end for g in grads for end in _extremes(g)])
-    return torch.isfinite(ends).all(0), (ends == 0).all(0)
+    ends = [end for g in grads if g.numel() for end in _extremes(g)]
+    if not ends:
+        nothing = torch.ones(len(grads[0]), dtype=torch.bool, device=grads[0].device)
+        return nothing, nothing.clone()
+    return torch.isfinite(torch.stack(ends)).all(0), (torch.stack(ends) == 0).all(0)
 
 
 def _extremes(g: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ class Oracle:
             samples of the batch says which (``rows``).
 
     Raises:
-        ValueError: on settings out of range.
+        ValueError: on settings out of range; later, if the model returns no logits or writes to its input in place.
 
     Source:
         EOT: Athalye et al., arXiv 1707.07397.
@@ -422,7 +422,13 @@ class Oracle:
             x = self.rest.completed(x, rows)
         given = rounded_up(x) if self._compiled and self.estimator is None else x
         with nullcontext() if self.autocast is None else torch.autocast(device_of(x).type, dtype=self.autocast):
+            before = _versions(given)
             z = self.model(given)
+        if _versions(given) != before:
+            raise ValueError(
+                "the model writes to its input, so an attack would lose its point: let it work on a copy (x = x.clone()) or "
+                "use operations that are not in place (x.clamp(0, 1) for x.clamp_(0, 1))"
+            )
         self.counts.forwards += batch_size(x)
         if isinstance(z, Tensor):
             z = z if self.autocast is None else z.float()
@@ -431,6 +437,10 @@ class Oracle:
             check_logits(z, batch_size(x))
             self.classes = z.shape[1]
         return z
+
+
+def _versions(x: Input) -> list[int]:
+    return [t._version for t in tensors(x) if not t.is_inference()]
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from itertools import repeat
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from sg_lightning.neurons import eager
 from sg_lightning.neurons.base import Dynamics
@@ -24,14 +24,25 @@ from sg_lightning.neurons.inductor import Compiled, Kind
 from sg_lightning.neurons.surrogates import Surrogate, of_code
 
 _STEPS = 2  # of a call
+_PLAIN = Tensor, torch.nn.Parameter
+_KEPT = 1 << 20  # zeros, per dtype
 _rest: dict[torch.dtype, Tensor] = {}
 _log = logging.getLogger(__name__)
 
-broken = ""  # why compiled code cannot be used in this process, if so
+broken: dict[Hashable, str] = {}  # why ``auto`` stays with eager code, for kinds of neurons that were tried
 
 
-def forward(x: Tensor, beta: Tensor, theta: Tensor, dynamics: Dynamics, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """Do :func:`eager.forward <sg_lightning.neurons.eager.forward>` in compiled code."""
+def forward(
+    x: Tensor, beta: Tensor, theta: Tensor, dynamics: Dynamics, keep: bool, *, direct: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Do :func:`eager.forward <sg_lightning.neurons.eager.forward>` in compiled code.
+
+    Raises:
+        ValueError: Shapes, types or devices that do not go together.
+        RuntimeError: It cannot be compiled, or if ``direct``, its kernel cannot be called by address.
+    """
+    if not _in_memory(x, beta, theta):
+        return eager.forward(x, beta, theta, dynamics, keep)
     steps, size = x.shape
     _check(beta, beta.dtype, (), (size,))
     _check(theta, beta.dtype, (), (size,))
@@ -43,11 +54,11 @@ def forward(x: Tensor, beta: Tensor, theta: Tensor, dynamics: Dynamics, keep: bo
     states = beta.new_empty((2, size)) if membranes is None else membranes
     x_at, s_at = _addresses(x), _addresses(spikes)
     u_at = _addresses(states) if keep else _in_turn(states, steps)
-    numbers = [repeat(beta.data_ptr()), repeat(theta.data_ptr())]
+    numbers = [beta.data_ptr(), theta.data_ptr()]
     u_before, s_before = rest.data_ptr(), silence.data_ptr()
     for length, low, high in _stretches(steps):
         last = slice(low + length - 1, high, length)
-        run = _forward(length, *kind)
+        run = _wanted(_forward(length, *kind), direct)
         run(size, [
             [u_before, *u_at[last][:-1]], [s_before, *s_at[last][:-1]], *numbers,
             *_columns(x_at, length, low, high), *_columns(s_at, length, low, high),
@@ -67,8 +78,17 @@ def backward(
     rule: Surrogate,
     need: Needs,
     dtype: torch.dtype,
+    *,
+    direct: bool = False,
 ) -> Gradients:
-    """Do :func:`eager.backward <sg_lightning.neurons.eager.backward>` in compiled code."""
+    """Do :func:`eager.backward <sg_lightning.neurons.eager.backward>` in compiled code.
+
+    Raises:
+        ValueError: Shapes, types or devices that do not go together.
+        RuntimeError: It cannot be compiled, or if ``direct``, its kernel cannot be called by address.
+    """
+    if not _in_memory(g, h, u, beta, theta):
+        return eager.backward(g, h, u, beta, theta, dynamics, rule, need, dtype)
     steps, size = u.shape
     for t, *allowed in ((beta, (), (size,)), (theta, (), (size,)), (h, u.shape)):
         _check(t, u.dtype, *allowed)
@@ -87,14 +107,14 @@ def backward(
     sequences = [_addresses(t) for t in (u, g, h, dx) if t is not None]
     d_at = _addresses(states) if exact else _in_turn(states, steps)
     sums_at = [_in_turn(t, steps + _STEPS) for t in sums]
-    numbers = [repeat(beta.data_ptr()), repeat(theta.data_ptr())]
+    numbers = [beta.data_ptr(), theta.data_ptr()]
     later = rest.data_ptr()
     for length, low, high in reversed(_stretches(steps)):
         columns = [c for at in sequences for c in _columns(at, length, low, high)]
         columns += [at[low + shift : high + shift : length] for at in sums_at for shift in (_STEPS, 0)]
         after = d_at[low:high:length]
         columns += [] if exact else [after]
-        run = _backward(length, *kind)
+        run = _wanted(_backward(length, *kind), direct)
         run(size, [[later, *after[:0:-1]], *numbers, *(c[::-1] for c in columns)])
         later = after[0]
     totals = iter(t[0] for t in sums)  # where the call of step 0 writes
@@ -103,33 +123,61 @@ def backward(
 
 
 class Cautious:
-    """The same two functions for those who did not ask for compiled code: where it fails, eager code does the work."""
+    """The same two functions for those who did not ask for compiled code: where it fails, eager code does the work.
 
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor | None]:
+    Args:
+        kind: What is noted where it fails.
+    """
+
+    def __init__(self, kind: Hashable) -> None:
+        self.kind = kind
+
+    def forward(self, *args: Any) -> tuple[Tensor, Tensor | None]:
         """Try compiled code."""
-        return _tried(forward, eager.forward, *args)
+        return self._tried(forward, eager.forward, *args)
 
-    @staticmethod
-    def backward(*args: Any) -> Gradients:
+    def backward(self, *args: Any) -> Gradients:
         """Try compiled code."""
-        return _tried(backward, eager.backward, *args)
+        return self._tried(backward, eager.backward, *args)
+
+    def _tried(self, fast: Callable[..., Any], safe: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return fast(*args, direct=True)
+        except (RuntimeError, OSError, ImportError) as error:  # torch's compile errors are RuntimeErrors
+            why = f"compiling failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            _log.log(
+                logging.INFO if broken else logging.WARNING,
+                "Neurons (%s) go on in eager code, since %s",
+                self.kind,
+                why,
+            )
+            broken[self.kind] = why
+            return safe(*args)
 
 
-def _tried(fast: Callable[..., Any], safe: Callable[..., Any], *args: Any) -> Any:
-    global broken
-    try:
-        return fast(*args)
-    except (RuntimeError, OSError, ImportError) as error:  # torch's compile errors are RuntimeErrors
-        broken = f"compiling failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        _log.warning("Neurons go on in eager code, since %s", broken)
-        return safe(*args)
+def _wanted(run: Compiled, direct: bool) -> Compiled:
+    if direct and not run.direct:
+        raise RuntimeError("its kernel cannot be called by address, and torch.compile would call it too slowly")
+    return run
 
 
 def _stretches(steps: int) -> list[tuple[int, int, int]]:
     """Cut time into what is done two steps by two, and the step that is left: (length of a call, first, end)."""
     paired = steps - steps % _STEPS
     return [(n, low, high) for n, low, high in ((_STEPS, 0, paired), (1, paired, steps)) if high > low]
+
+
+def _in_memory(*tensors: Tensor | None) -> bool:
+    """Tell whether addresses say all there is: no tracing, no mode, no tensor that is more or less than its memory."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and all(
+            type(t) in _PLAIN and not t.is_neg() and not t._is_zerotensor() and not is_functorch_wrapped_tensor(t)
+            for t in tensors
+            if t is not None
+        )
+    )
 
 
 def _check(t: Tensor | None, dtype: torch.dtype | None, *shapes: tuple[int, ...]) -> None:
@@ -148,9 +196,11 @@ def _with_rows(t: Tensor) -> Tensor:
 
 def _zeros(size: int, dtype: torch.dtype) -> Tensor:
     """Return at least so many zeros, to be read only: making them takes as long as a time step."""
+    if size > _KEPT:
+        return torch.zeros(size, dtype=dtype, device="cpu")
     row = _rest.get(dtype)
     if row is None or len(row) < size:
-        row = _rest[dtype] = torch.zeros(size, dtype=dtype)
+        row = _rest[dtype] = torch.zeros(size, dtype=dtype, device="cpu")
     return row
 
 
@@ -175,14 +225,6 @@ def _kind(beta: Tensor, theta: Tensor) -> tuple[Any, ...]:
     return beta.dtype, beta.dim() == 0, theta.dim() == 0, torch.get_num_threads()
 
 
-def _made(body: Callable[..., None], kinds: list[Kind], name: str) -> Compiled:
-    global broken
-    made = Compiled(body, kinds, name)
-    if not made.direct:
-        broken = "the kernels that Inductor makes cannot be called by address, and torch.compile calls them too slowly"
-    return made
-
-
 @functools.cache
 def _forward(
     steps: int, keep: bool, code: str, dtype: torch.dtype, compute: torch.dtype, one_beta: bool, one_theta: bool, _: int
@@ -205,7 +247,7 @@ def _forward(
         if not keep:
             rows[-1].copy_(u)
 
-    return _made(
+    return Compiled(
         body,
         [Kind(compute), Kind(dtype), Kind(compute, one_beta), Kind(compute, one_theta)]
         + [Kind(dtype)] * 2 * steps + [Kind(compute)] * (steps if keep else 1),
@@ -266,7 +308,7 @@ def _backward(
         if dx_dtype != compute:
             next(left).copy_(later)
 
-    return _made(
+    return Compiled(
         body,
         [Kind(compute), Kind(compute, one_beta), Kind(compute, one_theta), *kinds],
         f"backward, {steps} steps, {code}, {rule}",

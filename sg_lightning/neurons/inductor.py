@@ -13,8 +13,7 @@ import ctypes
 import logging
 import operator
 import time
-from collections.abc import Callable, Iterable, Sequence
-from itertools import repeat
+from collections.abc import Callable, Sequence
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -75,19 +74,31 @@ class Compiled:
         """Whether calls go straight to the compiled code."""
         return self._kernel is not None
 
-    def __call__(self, size: int, columns: Sequence[Iterable[int]]) -> None:
+    def __call__(self, size: int, columns: Sequence[int | list[int]]) -> None:
         """Run it in turn on rows of ``size`` values that begin at the addresses of ``columns``, one per argument.
 
-        The caller vouches for memory and kinds. Rows may overlap where neither is written to. There are as many runs as
-        the shortest column allows.
+        The caller vouches for memory and kinds. Rows may overlap where neither is written to.
+
+        Args:
+            size: N.
+            columns: For each argument a list with an address per run, or one address for all of them.
+
+        Raises:
+            ValueError: Lists of several lengths.
         """
+        count = max(len(column) for column in columns if isinstance(column, list))
+        each = [column if isinstance(column, list) else [column] * count for column in columns]
+        if any(len(column) != count for column in each):
+            raise ValueError(f"columns of several lengths: {sorted({len(column) for column in each})}")
         kernel = self._kernel
+        if size == 0:
+            return
         if kernel is None:
-            for row in zip(*columns, strict=False):
+            for row in zip(*each, strict=True):
                 self._guarded(*[_tensor(size, at, kind) for at, kind in zip(row, self._kinds, strict=True)])
             return
-        more = [repeat(size), *(repeat(t.data_ptr()) for t in self._numbers)]
-        for arguments in zip(*self._pick([*columns, *more]), strict=False):
+        each += [[size] * count, *([t.data_ptr()] * count for t in self._numbers)]
+        for arguments in zip(*self._pick(each), strict=True):
             kernel(*arguments)
 
     def _reach(self) -> None:

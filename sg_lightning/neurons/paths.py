@@ -126,8 +126,8 @@ def choose(path: str, like: Tensor, kind: Hashable) -> Choice:
 def _on_cpu(kind: Hashable) -> Choice:
     from sg_lightning.neurons import compiled
 
-    if compiled.broken:
-        return Choice("eager", compiled.broken)
+    if kind in compiled.broken:
+        return Choice("eager", compiled.broken[kind])
     if torch.are_deterministic_algorithms_enabled():
         return Choice("eager", "deterministic algorithms: a change of path midway would change roundings")
     if not has_compiler():
@@ -158,7 +158,7 @@ def _module(path: str, like: Tensor, kind: Hashable) -> Any:
     if chosen == "compiled":
         from sg_lightning.neurons import compiled
 
-        return compiled if path == "compiled" else compiled.Cautious
+        return compiled if path == "compiled" else compiled.Cautious(kind)
     if chosen == "triton":
         from sg_lightning.neurons import triton_kernels
 

@@ -430,3 +430,22 @@ def test_whose_gradient_is_not_finite_or_zero_everywhere(dtype):
     for grads in ([values], [values.unsqueeze(1)], [values[:, :2].view(-1, 2, 1, 1), values[:, 2]]):
         for found, wanted in zip(all_finite_all_zero(grads), expected, strict=True):
             assert torch.equal(found, wanted)
+    nothing = torch.zeros(9, 0, dtype=dtype)
+    for found, wanted in zip(all_finite_all_zero([values, nothing]), expected, strict=True):  # an empty modality
+        assert torch.equal(found, wanted)
+    assert all(bool(found.all()) and found.shape == (9,) for found in all_finite_all_zero([nothing]))
+
+
+@pytest.mark.parametrize("write", [lambda x: x.detach().clamp_(0, 0.5), lambda x: x.detach().mul_(0.5)])
+def test_models_that_write_to_their_input_are_refused(write):
+    from sg_lightning.attacks.losses import cross_entropy
+
+    def model(x):
+        write(x)
+        return x.flatten(1) @ torch.ones(4, 3)
+
+    oracle, x = Oracle(model), torch.rand(2, 4)
+    with pytest.raises(ValueError, match="writes to its input"):
+        oracle.value_and_grad(x, torch.tensor([0, 1]), cross_entropy)
+    with pytest.raises(ValueError, match="writes to its input"):
+        oracle.logits(x)

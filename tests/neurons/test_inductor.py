@@ -34,7 +34,7 @@ def checked(compiled, size):
     unused, leak, state = torch.zeros(size, dtype=torch.bfloat16), torch.tensor(0.5), torch.randn(size)
     at = [row.data_ptr() for row in out]
     columns = [
-        [row.data_ptr() for row in x[1:4]], [unused.data_ptr()] * 3, [leak.data_ptr()] * 3, [state.data_ptr(), *at[2:4]], at[2:5],
+        [row.data_ptr() for row in x[1:4]], unused.data_ptr(), leak.data_ptr(), [state.data_ptr(), *at[2:4]], at[2:5],
     ]  # fmt: skip
     compiled(size, columns)
     expected = torch.empty_like(out)
@@ -48,12 +48,16 @@ def checked(compiled, size):
 def test_calls_go_straight_to_the_kernel_for_all_sizes(threads, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    compiled = Compiled(made(), KINDS, "test")
-    assert compiled.direct
-    monkeypatch.setattr(compiled, "_guarded", None)
-    for size in (0, 1, 5, 64, 257, 100_003):
-        checked(compiled, size)
-    torch.set_num_threads(before)
+    try:
+        compiled = Compiled(made(), KINDS, "test")
+        assert compiled.direct
+        monkeypatch.setattr(compiled, "_guarded", None)
+        for size in (0, 1, 5, 64, 257, 100_003):
+            checked(compiled, size)
+        with pytest.raises(ValueError, match="several lengths"):
+            compiled(4, [[1, 2], 3, 4, [5], [6, 7]])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_it_is_made_under_inference_mode_and_called_outside():
@@ -70,7 +74,7 @@ def guarded(caplog, why):
         compiled = Compiled(made(), KINDS, "test")
     assert not compiled.direct
     assert f"keeps the guards of torch.compile: {why}" in caplog.text
-    for size in (2, 100, 257):
+    for size in (0, 2, 100, 257):
         checked(compiled, size)
 
 

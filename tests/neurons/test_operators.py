@@ -4,15 +4,16 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch.library import opcheck
 
 from sg_lightning.backbones import VGG, ConvNet, SpikingMLP
-from sg_lightning.neurons import LIF, LeakyIntegrator, compiled, inductor, operators, paths, use_path
+from sg_lightning.neurons import LIF, LeakyIntegrator, compiled, operators, paths, use_path
 from sg_lightning.neurons.base import Dynamics
-from sg_lightning.neurons.surrogates import Atan, Triangular
+from sg_lightning.neurons.surrogates import Atan, Surrogate, Triangular
 
 
 def currents(*shape, dtype=torch.float32):
@@ -115,7 +116,7 @@ def cpu(monkeypatch):
     """A CPU with a compiler, and no work done so far."""
     monkeypatch.setattr(paths, "has_compiler", lambda: True)
     monkeypatch.setattr(paths, "_work", type(paths._work)())
-    monkeypatch.setattr(compiled, "broken", "")
+    monkeypatch.setattr(compiled, "broken", {})
 
 
 def test_auto_compiles_when_the_work_pays_for_it(cpu, monkeypatch):
@@ -164,22 +165,103 @@ def test_a_broken_compiler_is_told_once_and_costs_nothing_but_speed(cpu, monkeyp
     compiled._backward.cache_clear()
 
 
+@dataclass(frozen=True)
+class Table(Surrogate):
+    """Not one loop over neurons."""
+
+    name = "table"
+    height: float = 1.0
+
+    def derivative(self, z):
+        levels = self.height * torch.tensor([0.0, 0.5, 1.0, 0.5, 0.0], dtype=z.dtype)
+        return levels[torch.bucketize(z, torch.tensor([-1.0, -0.5, 0.5, 1.0], dtype=z.dtype))]
+
+
 @pytest.mark.skipif(not paths.has_compiler(), reason="needs a C++ compiler")
 def test_kernels_out_of_reach_are_left_for_eager_code_unless_asked_for(cpu, monkeypatch):
-    monkeypatch.setattr(inductor, "_is_kernel", lambda value: False)
+    """An odd surrogate is more than one kernel; other neurons go on compiled."""
     monkeypatch.setattr(paths, "_PATIENCE", 0)
-    compiled._forward.cache_clear()
-    neuron, x = LIF(0.81), currents(3, 2, 50)
-    assert neuron.path(x).path == "compiled"
-    with torch.no_grad():
-        spikes = neuron(x)
-        assert neuron.path(x).path == "eager"
-        assert "cannot be called by address" in neuron.path(x).why
-        assert torch.equal(neuron(x), spikes)
-        with use_path("compiled"):
-            assert neuron.path(x).path == "compiled"
-            assert torch.equal(neuron(x), spikes)
-    compiled._forward.cache_clear()
+    x = currents(4, 2, 50).requires_grad_()
+    odd, other = LIF(0.81, surrogate=Table()), LIF(0.81, surrogate=Atan(2.0))
+
+    def grads(neuron):
+        return torch.autograd.grad((neuron(x) * torch.arange(50)).sum(), x)[0]
+
+    with use_path("eager"):
+        expected = [grads(odd), grads(other)]
+    for _ in range(2):
+        assert torch.equal(grads(odd), expected[0])
+    assert [kind[2] for kind in compiled.broken] == [odd.surrogate.code]
+    assert "cannot be called by address" in compiled.broken[next(iter(compiled.broken))]
+    torch.testing.assert_close(grads(other), expected[1])
+    assert len(compiled.broken) == 1
+    with use_path("compiled"):
+        torch.testing.assert_close(grads(odd), expected[0])
+
+
+@pytest.mark.skipif(not paths.has_compiler(), reason="needs a C++ compiler")
+def test_compiled_code_on_any_layout_and_size():
+    """Rows may be anywhere, or all the same; layers may be of one neuron or none."""
+    torch.manual_seed(0)
+    neuron = LIF(
+        0.8, 0.7, "subtract", reset_delay=True, surrogate=Atan(2.0), learn_beta=True, learn_threshold=True
+    ).double()
+
+    def drawn(*shape):
+        return torch.randn(shape, dtype=torch.float64) * 0.8 + 0.3
+
+    def run(path, x, g):
+        with use_path(path):
+            s, u = neuron.forward_membrane(x)
+            pulled = torch.autograd.grad([s, u], [x, neuron.beta, neuron.threshold], [g, g], retain_graph=True)
+            with torch.no_grad():
+                return s, u, *pulled, *torch.autograd.grad(s, [neuron.beta], g), neuron(x)
+
+    for steps, shape in ((1, (1, 1)), (2, (1, 1)), (3, (2, 5)), (4, (3, 0)), (5, (2, 3, 4, 4)), (4, (4, 4))):
+        whole = drawn(steps, *shape)
+        layouts = [
+            whole, whole[:1].expand_as(whole), drawn(steps, *shape, 2)[..., 0], drawn(2 * steps, *shape)[::2],
+            drawn(*shape, steps).movedim(-1, 0), drawn(steps, 1, *shape[1:]).expand_as(whole),
+        ]  # fmt: skip
+        for x in layouts:
+            x = x.detach().requires_grad_()
+            for g in (
+                torch.randn(x.shape),
+                torch.randn(1, *shape).expand_as(x),
+                torch.randn(*shape, steps).movedim(-1, 0),
+            ):
+                for found, wanted in zip(run("compiled", x, g.double()), run("eager", x, g.double()), strict=True):
+                    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+    channels_last = (
+        currents(3, 2 * 5, 4, 4).view(3, 2, 5, 4, 4).permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    )
+    vector = LIF(torch.rand(5), torch.rand(5) + 0.5, surrogate=Atan(2.0)).double()
+    with use_path("compiled"):
+        spikes = vector(channels_last)
+    assert torch.equal(spikes, vector(channels_last.contiguous()))
+
+
+@pytest.mark.skipif(not paths.has_compiler(), reason="needs a C++ compiler")
+def test_compiled_code_leaves_tensors_without_memory_to_eager_code(monkeypatch):
+    """Or it would read what is not there: addresses tell nothing of modes, wrappers and tracing."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    monkeypatch.setattr(compiled, "_rest", {})
+    neuron, x = LIF(0.9, 0.5), torch.rand(4, 2, 100)
+    expected = neuron(x)
+    with use_path("compiled"), torch.no_grad():
+        with torch.device("meta"):  # where torch makes tensors that nobody placed
+            assert torch.equal(neuron(x), expected)
+        assert torch.equal(torch.func.functionalize(neuron)(x), expected)
+        with pytest.raises(RuntimeError, match="vmap"):  # eager code cannot, either
+            torch.func.vmap(neuron, 1, 1)(x.unsqueeze(2))
+        assert torch.equal(neuron(torch._neg_view(-x)), expected)
+        assert not neuron(torch._efficientzerotensor((4, 2, 100))).any()
+        assert torch.equal(torch.jit.trace(neuron, x, check_trace=False)(x.flip(2)), expected.flip(2))
+        assert torch.equal(make_fx(neuron)(x)(x.flip(2)), expected.flip(2))
+        with FakeTensorMode() as mode:
+            assert LIF(0.9, 0.5)(mode.from_tensor(x)).shape == x.shape
 
 
 def test_use_path_for_a_block_or_for_good():

@@ -66,7 +66,6 @@ def uncompiled(monkeypatch, chunked):
         compiled._backward.cache_clear()
 
     clear()
-    monkeypatch.setattr(compiled, "broken", "")
     monkeypatch.setattr(torch, "compile", lambda body, **settings: body)
     yield
     clear()
