@@ -26,7 +26,7 @@ from sg_lightning.neurons import operators
 
 ROOT = Path(__file__).parent.parent
 NEURONS, POOLING = "neurons", "pooling"
-RUNS = 3
+WARMUP, RUNS = 6, 3
 GROUPS = {
     "convolutions and matrix products": ("conv", "mkldnn", "mm", "linear"),
     "batch norm": ("batch_norm",),
@@ -36,9 +36,9 @@ GROUPS = {
 
 
 def grouped(run: Callable[[int], None]) -> dict[str, float]:
-    """Return milliseconds of each group in one run: the mean of three, after two to warm up."""
-    run(0)
-    run(0)
+    """Return milliseconds of each group in one run: the mean of three, after some in which the heap grows."""
+    for _ in range(WARMUP):
+        run(0)
     with profile(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(RUNS):
             run(0)
