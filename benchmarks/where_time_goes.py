@@ -92,7 +92,9 @@ def table(results: dict[str, Any]) -> str:
     groups = [*GROUPS, NEURONS, "all else"]
     head = (
         f"{measured(results['provenance'])}. Milliseconds of one training step, and of three PGD steps, by torch's profiler. "
-        "snnTorch's neurons are ordinary operations and count as all else, as do those of recurrent layers."
+        "snnTorch's neurons are ordinary operations and count as all else, as do those of recurrent layers. What the profiler "
+        "itself allocates breaks up the heap, so that large tensors fault their pages in anew: rows of the event network are up "
+        "to twice what benchmarks/training.py measures."
     )
     lines = [
         head,
