@@ -71,11 +71,9 @@ def all_finite_all_zero(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
 
     Asked of the extremes, one of which is NaN if there is one: many times cheaper than a look at every value.
     """
-    ends = [end for g in grads if g.numel() for end in _extremes(g)]
-    if not ends:
-        nothing = torch.ones(len(grads[0]), dtype=torch.bool, device=grads[0].device)
-        return nothing, nothing.clone()
-    return torch.isfinite(torch.stack(ends)).all(0), (torch.stack(ends) == 0).all(0)
+    found = [end for g in grads if g.numel() for end in _extremes(g)]
+    ends = torch.stack(found or [torch.zeros(len(grads[0]), device=grads[0].device)])
+    return torch.isfinite(ends).all(0), (ends == 0).all(0)
 
 
 def _extremes(g: Tensor) -> tuple[Tensor, Tensor]:

@@ -144,7 +144,7 @@ class Cautious:
         try:
             return fast(*args, direct=True)
         except (RuntimeError, OSError, ImportError) as error:  # torch's compile errors are RuntimeErrors
-            why = f"compiling failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            why = f"compiled code cannot be used: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             _log.log(
                 logging.INFO if broken else logging.WARNING,
                 "Neurons (%s) go on in eager code, since %s",

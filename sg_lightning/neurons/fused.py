@@ -12,7 +12,7 @@ from sg_lightning.neurons.surrogates import Surrogate
 
 def path(x: Tensor, dynamics: Dynamics, *, keep: bool) -> paths.Choice:
     """Say on which path :func:`simulate` would run its forward pass, and why."""
-    return paths.choose(paths.wanted(), x.detach().flatten(1), paths.forward_kind(x, dynamics, keep))
+    return paths.choose(paths.wanted(), x, paths.forward_kind(x, dynamics, keep))
 
 
 def simulate(

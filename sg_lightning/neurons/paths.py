@@ -95,7 +95,7 @@ def choose(path: str, like: Tensor, kind: Hashable) -> Choice:
 
     Args:
         path: What is wanted.
-        like: A matrix (T, N) on the device of the call.
+        like: A tensor on the device of the call.
         kind: What compiled code is specialised for.
 
     Raises:

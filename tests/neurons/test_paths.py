@@ -157,10 +157,8 @@ def test_compiled_code_rounds_as_the_reference(reset, dtype, chunked):
 @pytest.mark.slow
 @pytest.mark.parametrize("vector", [False, True], ids=["scalar", "per-channel"])
 def test_all_equations_of_compiled_code(options, vector, chunked, oracle):
-    for rule in RULES:
-        check_equations(
-            "compiled", options, rule, vector, oracle, 6
-        )  # the rest of one step takes as long again to compile
+    for rule in RULES:  # a rest of one step would double the compilations
+        check_equations("compiled", options, rule, vector, oracle, steps=6)
 
 
 only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess of test_triton_kernels")
